@@ -1,0 +1,72 @@
+"""What an optimizer family hands over: which op call adapts which parameters, decided before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass
+class OpCall:
+    """One call of an `adapt_norm` op for the parameters of one group that share their hyperparameters.
+
+    Attributes:
+        op: called as op(v, *lists, **options, backend=...), returns ||v||^2.
+        rows: positions of the parameters among the base parameters.
+        lists: per list argument of the op the tensors of these rows (empty: the op does not need this list).
+        options: the other arguments.
+    """
+
+    op: Callable[..., Tensor]
+    rows: list[int] = field(default_factory=list)
+    lists: tuple[list[Tensor], ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """The parameters of one group that take part, and the hyperparameters of the step they made."""
+
+    optimizer: Optimizer
+    rows: list[int]
+    params: list[Tensor]
+    hyper: dict[str, Any]
+    mode: int
+
+    def gradient(self, i: int) -> Tensor:
+        """The gradient of the step, still in `.grad`."""
+        grad = self.params[i].grad
+        if grad is None:
+            raise ValueError(
+                f"base_params: tensor {self.rows[i]} (shape {tuple(self.params[i].shape)}) has no .grad, which the"
+                " adaptation needs; call meta_grad after optimizer.step() and before zero_grad()"
+            )
+        if grad.is_sparse:
+            raise TypeError(
+                f"base_params: tensor {self.rows[i]} has a sparse .grad; build the embedding with sparse=False"
+            )
+        return grad
+
+
+def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[Tensor]:
+    """Run the plan: v <- D d in place. Entries without a direct gradient stay None, and entries that no call covers
+    become None: the optimizer has not moved those parameters, so D = 0 for them.
+
+    Returns: ||v||^2 of each call, 0-dim.
+    """
+    norm_sqs = []
+    adapted: list[Tensor | None] = [None] * len(v)
+    for call in plan:
+        used = [k for k, row in enumerate(call.rows) if v[row] is not None]
+        if not used:
+            continue
+        for k in used:
+            adapted[call.rows[k]] = v[call.rows[k]]
+        lists = [[entries[k] for k in used] if entries else [] for entries in call.lists]
+        norm_sqs.append(call.op([v[call.rows[k]] for k in used], *lists, **call.options, backend=backend))
+    v[:] = adapted
+    return norm_sqs

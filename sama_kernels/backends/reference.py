@@ -1,0 +1,231 @@
+"""The ops in plain PyTorch: readable, on any device, and what every other backend is compared with.
+
+Tensors may have any strides; arithmetic is in float64 for float64 storage and in float32 otherwise. Arguments are
+checked before anything is written, and `perturb` is all-or-nothing: if a tensor in the middle of the list raises (out
+of memory), those before it are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+PAPER, EXACT = 0, 1
+"""Modes of `adapt_norm_adam`: the epsilon-free numerator of the paper, or the derivative to the letter."""
+PLUS, MINUS = 0, 1
+"""Sides of `perturb`."""
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values stored as `dtype` are added and multiplied."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """`tensor` seen as integers of the same width (shares memory)."""
+    return tensor.detach().view(_BITS[tensor.element_size()])
+
+
+def adapt_norm_adam(
+    v: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr_tensor: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    mode: int,
+) -> Tensor:
+    """See `sama_kernels.ops.adapt_norm_adam`."""
+    op = "adapt_norm_adam"
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if max_exp_avg_sqs:
+        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+    if weight_decay != 0.0:
+        if not params and v:
+            raise RuntimeError(f"sama::{op}: params is empty, but weight_decay needs theta")
+        lists["params"] = params
+    if mode not in (PAPER, EXACT):
+        raise RuntimeError(f"sama::{op}: mode must be 0 (paper) or 1 (exact), not {mode}")
+    if len(steps) != len(v):
+        raise RuntimeError(f"sama::{op}: steps has {len(steps)} tensors, but v has {len(v)}")
+    _check(op, {"v": v, **lists}, written=("v",))
+    _check_scalars(op, {f"steps[{i}]": t for i, t in enumerate(steps)})
+    if lr_tensor is not None:
+        _check_scalars(op, {"lr_tensor": lr_tensor})
+    total = _zero(v)
+    for i, d in enumerate(v):
+        dtype = compute_dtype(d.dtype)
+        device = d.device
+        g, m, w = (x[i].detach().to(dtype) for x in (grads, exp_avgs, exp_avg_sqs))
+        t = steps[i].to(device=device, dtype=torch.float64)
+        rate = lr if lr_tensor is None else lr_tensor.to(device=device, dtype=torch.float64)
+        step_size = (rate / (1 - beta1**t)).to(dtype)
+        inv_sqrt_c2 = (1 / (1 - beta2**t).sqrt()).to(dtype)
+        if max_exp_avg_sqs:  # amsgrad: the second moment takes part in the derivative only where it is the maximum
+            w_max = max_exp_avg_sqs[i].detach().to(dtype)
+            is_maximum = w == w_max
+            w = w_max
+        s = w.sqrt() * inv_sqrt_c2
+        q = s + eps
+        if maximize:
+            g = -g
+        if weight_decay != 0.0:  # L2 decay acts on theta before the step: theta + the update that was subtracted
+            g = g + weight_decay * (params[i].detach().to(dtype) + step_size * (m / q))
+        r = (1 - beta2) * ((m * g) / w)
+        if max_exp_avg_sqs:
+            r = torch.where(is_maximum, r, 0.0)
+        r = (1 - beta1) - r
+        # Below the rounding of the stored moments r is noise: at the first step it is exactly 0 in real numbers.
+        noise = 8 * torch.finfo(exp_avgs[i].dtype).eps * (1 - beta1)
+        r = torch.where((r.abs() <= noise) | (w == 0), 0.0, r)
+        numerator = r * s if mode == PAPER else r * s + (1 - beta1) * eps
+        inv_q = torch.where(q == 0, 0.0, 1 / q)
+        adapted = (step_size * ((numerator * inv_q) * inv_q)) * d.to(dtype)
+        if maximize:
+            adapted = -adapted
+        total += adapted.double().square().sum()
+        d.copy_(adapted)
+    return total
+
+
+def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: float) -> Tensor:
+    """See `sama_kernels.ops.adapt_norm_scale`."""
+    _check("adapt_norm_scale", {"v": v}, written=("v",))
+    if scale_tensor is not None:
+        _check_scalars("adapt_norm_scale", {"scale_tensor": scale_tensor})
+    total = _zero(v)
+    for d in v:
+        dtype = compute_dtype(d.dtype)
+        factor = scale if scale_tensor is None else scale * scale_tensor.to(device=d.device, dtype=torch.float64)
+        adapted = d.to(dtype) * torch.as_tensor(factor, dtype=torch.float64, device=d.device).to(dtype)
+        total += adapted.double().square().sum()
+        d.copy_(adapted)
+    return total
+
+
+def step_size(norm_sqs: Sequence[Tensor], alpha: float, tiny: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See `sama_kernels.ops.step_size`."""
+    if not norm_sqs:
+        raise RuntimeError("sama::step_size: norm_sqs is empty")
+    _check_scalars("step_size", {f"norm_sqs[{i}]": x for i, x in enumerate(norm_sqs)}, float64_from="adapt_norm")
+    norm = torch.stack(list(norm_sqs)).sum().sqrt()
+    degenerate = ~(norm.isfinite() & (norm > tiny))
+    epsilon = torch.where(degenerate, 0.0, alpha / norm)
+    return norm, epsilon, degenerate
+
+
+def perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int) -> None:
+    """See `sama_kernels.ops.perturb`."""
+    if side not in (PLUS, MINUS):
+        raise RuntimeError(f"sama::perturb: side must be 0 (plus) or 1 (minus), not {side}")
+    _check("perturb", {"params": params, "v": v}, written=("params", "v"), same_dtype=True)
+    if side == PLUS:
+        _check_scalars("perturb", {"epsilon": epsilon}, float64_from="step_size")
+    if side == MINUS:  # never leaves a tensor that `restore` could not put back, wherever it stops
+        for p, x in zip(params, v, strict=True):
+            _move_to_minus(p.detach(), bits(x))
+        return
+    done = 0
+    try:
+        for p, x in zip(params, v, strict=True):
+            _move_to_plus(p.detach(), x, epsilon)
+            done += 1
+    except BaseException:
+        restore(params[:done], v[:done])
+        raise
+
+
+def restore(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    """See `sama_kernels.ops.restore`."""
+    _check("restore", {"params": params, "v": v}, written=("params",), same_dtype=True)
+    for p, x in zip(params, v, strict=True):
+        bits(p).bitwise_xor_(bits(x))
+
+
+def central_difference(
+    grads_plus: Sequence[Tensor],
+    grads_minus: Sequence[Tensor],
+    explicit: Sequence[Tensor],
+    epsilon: Tensor,
+    norm: Tensor,
+) -> None:
+    """See `sama_kernels.ops.central_difference`."""
+    lists = {"grads_plus": grads_plus, "grads_minus": grads_minus}
+    if explicit:
+        lists["explicit"] = explicit
+    _check("central_difference", lists, written=("grads_plus",))
+    _check_scalars("central_difference", {"epsilon": epsilon, "norm": norm}, float64_from="step_size")
+    for i, (plus, minus) in enumerate(zip(grads_plus, grads_minus, strict=True)):
+        dtype = compute_dtype(plus.dtype)
+        factor = (-0.5 / epsilon).to(dtype)
+        implicit = torch.where(epsilon == 0, 0.0, (plus.to(dtype) - minus.to(dtype)) * factor)
+        if explicit:
+            implicit = implicit + torch.where(norm.isfinite(), explicit[i].to(dtype), 0.0)
+        plus.copy_(implicit)
+
+
+def _check(
+    op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool = False
+) -> None:
+    """Lengths, shapes, dtypes and layouts, before anything is written. The compiled kernels give the same messages."""
+    first_name, first = next(iter(lists.items()))
+    for name, tensors in lists.items():
+        if len(tensors) != len(first):
+            raise RuntimeError(f"sama::{op}: {name} has {len(tensors)} tensors, but {first_name} has {len(first)}")
+        for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
+            if x.dtype not in _STORAGE:
+                raise RuntimeError(f"sama::{op}: {name}[{i}] is not float32, float64, bfloat16 or float16")
+            if x.shape != like.shape:
+                shapes = f"{name}[{i}] has shape {list(x.shape)}, but {first_name}[{i}] has shape {list(like.shape)}"
+                raise RuntimeError(f"sama::{op}: {shapes}")
+            if same_dtype and x.dtype != like.dtype:
+                raise RuntimeError(f"sama::{op}: {name}[{i}] and {first_name}[{i}] must have the same dtype")
+            if name in written and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+                raise RuntimeError(
+                    f"sama::{op}: {name}[{i}] is expanded: several elements share one place in memory, so it cannot be"
+                    " changed in place; clone it"
+                )
+
+
+def _check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | None = None) -> None:
+    for name, x in tensors.items():
+        if float64_from is not None and x.dtype != torch.float64:
+            raise RuntimeError(f"sama::{op}: {name} must be float64, as {float64_from} returns it")
+        if x.numel() != 1:
+            raise RuntimeError(f"sama::{op}: {name} must hold one number, but has shape {list(x.shape)}")
+
+
+def _zero(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+
+
+def _move_to_plus(p: Tensor, v: Tensor, epsilon: Tensor) -> None:
+    dtype = compute_dtype(p.dtype)
+    moved = (p.to(dtype) + epsilon.to(dtype) * v.to(dtype)).to(p.dtype)
+    moved = torch.where(epsilon == 0, p, moved)
+    difference = bits(p) ^ bits(moved)
+    bits(v).copy_(difference)  # from here on nothing is allocated, so nothing can fail
+    p.copy_(moved)
+
+
+def _move_to_minus(p: Tensor, difference: Tensor) -> None:
+    dtype = compute_dtype(p.dtype)
+    centre = (bits(p) ^ difference).view(p.dtype)
+    step = p.to(dtype) - centre.to(dtype)
+    moved = torch.where(difference == 0, centre, (centre.to(dtype) - step).to(p.dtype))
+    new_difference = bits(centre) ^ bits(moved)
+    difference.copy_(new_difference)
+    p.copy_(moved)

@@ -1,0 +1,138 @@
+"""Checks of the arguments of a meta step: each failure is one error that names the argument and the cure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ADAPTATIONS = ("paper", "exact", "none")
+HOLDS = ("auto", "center")
+SYNCS = ("final", "full", "none")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise unless `value` is one of the strings in `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
+
+
+def closures(name: str, value: object) -> tuple[Callable[[], Tensor], ...]:
+    """One closure, or a list of them (microbatches), as a tuple."""
+    found = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not found or not all(callable(f) for f in found):
+        raise TypeError(f"{name}: expected a function () -> scalar tensor (or a list of them), got {value!r}")
+    return found
+
+
+def tensors(name: str, value: Any) -> tuple[Tensor, ...]:
+    """The parameters of a module that require grad, or the tensors of an iterable, without repetition."""
+    if isinstance(value, torch.nn.Module):
+        found = [p for p in value.parameters() if p.requires_grad]
+    elif isinstance(value, Tensor) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected an nn.Module or an iterable of tensors, got {type(value).__name__}")
+    else:
+        found = list(dict.fromkeys(value))
+    if not found:
+        raise ValueError(f"{name}: no tensor that requires grad in it")
+    for i, t in enumerate(found):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: element {i} is a {type(t).__name__}, not a tensor")
+        if t.dtype not in _DTYPES:
+            raise TypeError(f"{name}: tensor {i} is {t.dtype}; only float32, float64, bfloat16 and float16 can be used")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}: tensor {i} has layout {t.layout}; only dense (strided) tensors can be used")
+        if type(t).__name__ == "DTensor":
+            raise TypeError(f"{name}: tensor {i} is a DTensor, and sharded parameters are not supported yet")
+        if not t.requires_grad:
+            raise ValueError(f"{name}: tensor {i} does not require grad; leave it out or call requires_grad_()")
+    return tuple(found)
+
+
+def leaves(name: str, params: Sequence[Tensor]) -> None:
+    """Raise unless every tensor is a leaf that owns its cells: it is moved in place."""
+    for i, p in enumerate(params):
+        if not p.is_leaf:
+            raise ValueError(f"{name}: tensor {i} is not a leaf; pass the parameters themselves, not values made of them")
+        if torch._debug_has_internal_overlap(p) == 1:
+            raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
+
+
+def disjoint(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> None:
+    """Raise if a tensor is both a base and a meta parameter."""
+    shared = len({id(p) for p in base_params} & {id(p) for p in meta_params})
+    if shared:
+        raise ValueError(
+            f"meta_params: {shared} of these tensors are base_params too; pass base_params as an iterable without them"
+        )
+
+
+def one_device(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> torch.device:
+    """The device of all parameters; raises if there are several."""
+    devices = sorted({str(p.device) for p in (*base_params, *meta_params)})
+    if len(devices) > 1:
+        raise ValueError(f"base_params, meta_params: all must be on one device, got {', '.join(devices)}")
+    return base_params[0].device
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a finite float > 0."""
+    if isinstance(value, Tensor) or not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: must be positive and finite, got {value}")
+    return float(value)
+
+
+def held_by(optimizer: Any, params: Sequence[Tensor]) -> None:
+    """Raise unless `optimizer` is a torch optimizer that holds every tensor of `params`."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: expected the torch.optim.Optimizer that made the base step, got {type(optimizer).__name__};"
+            " a wrapper must be opened (e.g. .optimizer)"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [i for i, p in enumerate(params) if id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"base_params: {len(missing)} of {len(params)} tensors are not held by the optimizer (the first is tensor"
+            f" {missing[0]}, shape {tuple(params[missing[0]].shape)}); pass only what the optimizer trains, or freeze"
+            " the rest with requires_grad_(False)"
+        )
+
+
+def synchronisation(sync: str, group: Any) -> None:
+    """Raise where a synchronisation would be needed that this release cannot do."""
+    choice("sync", sync, SYNCS)
+    distributed = torch.distributed
+    if sync == "none" or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if distributed.get_world_size(group) > 1:
+        raise NotImplementedError(
+            f'sync: {sync!r} over several processes is not supported yet; pass sync="none" and average out.grads'
+            " yourself (torch.distributed.all_reduce)"
+        )
+
+
+def scalar_loss(name: str, loss: Any, reads: str) -> None:
+    """Raise unless `loss` is a scalar float tensor with a graph to the parameters called `reads`."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: must return a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{name}: must return a scalar, got shape {tuple(loss.shape)}; reduce it with .mean() or .sum()")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{name}: its result has no gradient with respect to {reads}: it does not read them, or it was detached"
+            " or computed under no_grad"
+        )
+
+
+def dense(name: str, grads: Sequence[Tensor | None]) -> None:
+    """Raise if one of the gradients is sparse."""
+    sparse = [i for i, g in enumerate(grads) if g is not None and g.layout != torch.strided]
+    if sparse:
+        raise TypeError(f"{name}: tensor {sparse[0]} gets a sparse gradient; build the embedding with sparse=False")

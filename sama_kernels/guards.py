@@ -1,0 +1,138 @@
+"""What a meta step must leave as it found it: interrupts, random number generators, buffers, requires_grad flags."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Interrupts:
+    """Holds Ctrl-C back while state is half changed, and lets it through while user code runs.
+
+    `with Interrupts() as interrupts:` defers SIGINT; inside, `with interrupts.allowed():` is a stretch in which
+    KeyboardInterrupt may be raised. What arrived in between is raised at the next `allowed()` or at the end. Outside
+    the main thread Python never raises KeyboardInterrupt, so there is nothing to do.
+    """
+
+    def __init__(self) -> None:
+        self._previous: Any = None
+        self._pending: tuple[int, FrameType | None] | None = None
+
+    def __enter__(self) -> Interrupts:
+        previous = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(previous):
+            signal.signal(signal.SIGINT, self._hold)
+            self._previous = previous
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._deliver()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A stretch in which Ctrl-C works as usual; everything must be restorable when it is entered."""
+        if self._previous is None:
+            yield
+            return
+        try:
+            signal.signal(signal.SIGINT, self._previous)
+            self._deliver()
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._hold)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        self._pending = (number, frame)
+
+    def _deliver(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._previous(*pending)
+
+
+class RngState:
+    """The state of every generator a loss may draw from: torch's (CPU and the given devices), Python's, NumPy's.
+
+    `with RngState(devices) as rng:` leaves them as it found them.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in set(devices) if d.type == "cuda"}
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+
+    def __enter__(self) -> RngState:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Set all generators back to this state."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+class BufferGuard:
+    """Buffers (BatchNorm statistics) of the given modules, and of any other module that runs meanwhile.
+
+    `with BufferGuard(modules) as buffers:` saves them, `buffers.restore()` puts them back so that the next pass sees
+    the same function, and leaving the block restores them, whatever happened.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._roots = modules
+        self._saved: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] = {}
+
+    def __enter__(self) -> BufferGuard:
+        for root in self._roots:
+            for module in root.modules():
+                self._save(module)
+        # Also modules that the closures reach in another way: base_params may be a bare list of tensors.
+        self._handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: self._save(module))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+        self.restore()
+
+    def restore(self) -> None:
+        """Put every buffer seen so far back: the same tensor objects with the same contents."""
+        with torch.no_grad():
+            for module, buffers in self._saved.items():
+                for name, buffer, contents in buffers:
+                    module._buffers[name] = buffer
+                    buffer.copy_(contents)
+
+    def _save(self, module: nn.Module) -> None:
+        if module._buffers and module not in self._saved:
+            self._saved[module] = [(n, b, b.detach().clone()) for n, b in module._buffers.items() if b is not None]
+
+
+@contextmanager
+def frozen(params: Sequence[Tensor]) -> Iterator[None]:
+    """Switch requires_grad off, so that no activation is stored and nothing is back-propagated for `params`."""
+    try:
+        for p in params:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)

@@ -1,0 +1,169 @@
+"""`stop_gradient` and `@recorded`: detached values that stay at theta while theta is perturbed.
+
+A finite difference does not see `.detach()`: evaluated at theta+-, a weight w(loss.detach(); lambda) moves with the
+loss, although the base gradient never flowed through it. So in the perturbed passes `stop_gradient(x)` returns the
+value that x had at theta. Those values come from a tape: the one that `@recorded` made in the last ordinary call, or
+one more evaluation at theta ("centre").
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType
+
+import torch
+from torch import Tensor
+
+from sama_kernels.guards import RngState
+from sama_kernels.types import Closure
+
+
+class Tape:
+    """The values that one evaluation of a closure passed to `stop_gradient`, in call order, and where its RNG began."""
+
+    def __init__(self, rng: RngState | None = None, copy: bool = False) -> None:
+        self.rng = rng
+        self._copy = copy
+        self._values: list[tuple[Tensor, int]] = []
+        self._next = 0
+
+    def record(self, x: Tensor) -> Tensor:
+        """`x` detached, remembered."""
+        value = x.detach().clone() if self._copy else x.detach()
+        self._values.append((value, value._version))
+        return value
+
+    def replay(self, x: Tensor) -> Tensor:
+        """The value remembered for this call; `x` must look like it."""
+        if self._next >= len(self._values):
+            raise RuntimeError(
+                f"stop_gradient: called more often in a perturbed pass than at theta ({len(self._values)} times);"
+                " base_loss must take the same path every time it is called"
+            )
+        value, _ = self._values[self._next]
+        self._next += 1
+        if (value.shape, value.dtype, value.device) != (x.shape, x.dtype, x.device):
+            raise RuntimeError(
+                f"stop_gradient: call {self._next} got {tuple(x.shape)} {x.dtype} on {x.device}, but the value at theta"
+                f" is {tuple(value.shape)} {value.dtype} on {value.device}; base_loss must see the same batch as in its"
+                ' last ordinary call (or pass hold="center")'
+            )
+        return value
+
+    def intact(self) -> bool:
+        """Whether no remembered value has been changed in place since."""
+        return all(value._version == version for value, version in self._values)
+
+    def rewind(self) -> None:
+        """Back to the first value, for the next pass."""
+        self._next = 0
+
+    def check_used_up(self) -> None:
+        """Raise unless the pass asked for every value, and left them as they were."""
+        if self._next != len(self._values):
+            raise RuntimeError(
+                f"stop_gradient: called {self._next} times in a perturbed pass, but {len(self._values)} times at theta;"
+                " base_loss must take the same path every time it is called"
+            )
+        if not self.intact():
+            raise RuntimeError("stop_gradient: its result was changed in place by base_loss; work on a copy (.clone())")
+
+
+class NeedsCentre(Exception):  # noqa: N818 - control flow between two of our own modules, not an error for users
+    """A perturbed pass asked for a value at theta and there is no tape."""
+
+
+class _Session(threading.local):
+    """What `stop_gradient` does on this thread; None in an ordinary call."""
+
+    handler: Callable[[Tensor], Tensor] | None = None
+
+
+_session = _Session()
+_asks: weakref.WeakSet[CodeType] = weakref.WeakSet()
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """`x.detach()`, held at its value at theta in the perturbed passes of a meta step.
+
+    Use it wherever a base loss detaches something that depends on the base parameters, e.g. the input of a weight
+    net: ``weights = net(sk.stop_gradient(losses))``.
+
+    Arguments:
+        x: any tensor. Returns: a tensor of the same shape, dtype and device without a gradient.
+    Raises:
+        RuntimeError: in a perturbed pass, if the calls do not match those at theta in number, shape, dtype or device.
+    Source: the base gradient g(theta, lambda) of Eq. 4 in the paper holds such values fixed; Eq. 5 has to do the same.
+    """
+    handler = _session.handler
+    return x.detach() if handler is None else handler(x)
+
+
+def recorded(closure: Closure) -> Closure:
+    """Decorator for `base_loss`: keeps what `stop_gradient` saw, so that the meta step needs no extra forward.
+
+    Every ordinary call starts a fresh tape, owned by the closure; a meta step with ``hold="auto"`` holds the values
+    of the last ordinary call (which the base step on the same batch has just made) and replays its random numbers.
+    Without the decorator they come from one more no-grad evaluation at theta.
+    """
+
+    @functools.wraps(closure)
+    def wrapper() -> Tensor:
+        if _session.handler is not None:  # inside a pass or another recording, which has its own tape
+            return closure()
+        wrapper.tape = None  # type: ignore[attr-defined]
+        tape = Tape(RngState(_cuda_devices()))
+        with handling(tape.record):
+            loss = closure()
+        wrapper.tape = tape  # type: ignore[attr-defined]
+        return loss
+
+    wrapper.tape = None  # type: ignore[attr-defined]
+    return wrapper
+
+
+def tape_of(closure: Closure) -> Tape | None:
+    """The tape of the last ordinary call of a `@recorded` closure, if it can still be used."""
+    tape: Tape | None = getattr(closure, "tape", None)
+    return tape if tape is not None and tape.intact() else None
+
+
+@contextmanager
+def handling(handler: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `handler` answer `stop_gradient` on this thread."""
+    previous, _session.handler = _session.handler, handler
+    try:
+        yield
+    finally:
+        _session.handler = previous
+
+
+def refuse(_: Tensor) -> Tensor:
+    """Handler for a pass without a tape."""
+    raise NeedsCentre
+
+
+def remember(closure: Closure) -> None:
+    """Note that `closure` calls `stop_gradient`, to spare the next meta step finding out."""
+    if (code := code_of(closure)) is not None:
+        _asks.add(code)
+
+
+def is_known_to_ask(closure: Closure) -> bool:
+    """Whether an earlier meta step saw this closure's code call `stop_gradient`. A hint, never relied upon."""
+    return (code := code_of(closure)) is not None and code in _asks
+
+
+def code_of(closure: Closure) -> CodeType | None:
+    """The code object of a closure: the same one for the closures that a training loop makes anew every step."""
+    while hasattr(closure, "__wrapped__"):
+        closure = closure.__wrapped__
+    return getattr(closure, "__code__", None)
+
+
+def _cuda_devices() -> list[torch.device]:
+    return [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []

@@ -1,0 +1,177 @@
+"""`meta_grad`, `meta_backward`, `sama_loss`: the public entry points, and the algorithm as five steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from sama_kernels import adaptation as adaptations
+from sama_kernels import backends, checks, ops
+from sama_kernels.function import SamaFunction
+from sama_kernels.guards import BufferGuard, Interrupts, RngState, frozen
+from sama_kernels.passes import Perturbation, PerturbedPasses, direct_gradient
+from sama_kernels.types import Closure, MetaGradient, Problem
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def meta_grad(
+    base_loss: Closure | Sequence[Closure],
+    meta_loss: Closure,
+    *,
+    base_params: nn.Module | Iterable[Tensor],
+    meta_params: nn.Module | Iterable[Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    alpha: float = 1.0,
+    adaptation: str = "paper",
+    update_base: bool = False,
+    sync: str = "final",
+    group: Any = None,
+    backend: str = "auto",
+    hold: str = "auto",
+) -> MetaGradient:
+    """The SAMA meta gradient dL_meta/dlambda (paper, Eq. 5), from three first-order passes.
+
+    Call it after an ordinary base step (`loss.backward(); optimizer.step()`), while `.grad` is still there.
+
+    Arguments:
+        base_loss: L_base, a function () -> scalar tensor that reads theta and lambda; called twice at perturbed theta.
+            A list of them (microbatches) has its losses and gradients summed. Inside it write `stop_gradient(x)` for
+            `x.detach()`.
+        meta_loss: L_meta, a function () -> scalar tensor that reads theta (and lambda, if it likes).
+        base_params: theta, an nn.Module (its parameters that require grad) or an iterable of leaf tensors; float32,
+            float64, bfloat16 or float16, any shapes.
+        meta_params: lambda, likewise; need not be leaves.
+        optimizer: the torch optimizer that made the base step: exactly SGD, Adam or AdamW. May be None with
+            adaptation="none".
+        alpha: L2 length of the perturbation over all of theta, absolute as in the paper. What matters is its size
+            relative to ||theta||: 1.0 is 0.24 % for BERT-base (about 400); small networks want 0.01 to 0.1.
+        adaptation: "paper": D = du/dg without the epsilon term in its numerator, so that cells that were never touched
+            count for nothing; "exact": D to the letter; "none": D = I (SAMA-NA).
+        update_base: leave theta at theta - epsilon v afterwards (paper, end of section 3.2).
+        sync, group: how several processes agree; only single-process training is supported in this release.
+        backend: "auto", "reference" or "cpu"; an unavailable one is an error, never replaced.
+        hold: where `stop_gradient` gets the values at theta: "auto": from the last ordinary call of a `@recorded`
+            base_loss, else as with "center": from one more evaluation at theta without a graph.
+    Returns:
+        `MetaGradient`. If ||v|| is zero, tiny or not finite (at Adam's first step D is 0 by nature), `degenerate` is
+        True and nothing was moved.
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: naming the argument and the cure.
+    Afterwards, also after an error or Ctrl-C, parameters (unless update_base), `.grad`, buffers and the states of the
+    random number generators are what they were, bit for bit. Extra memory: one buffer of theta's size.
+    """
+    checks.synchronisation(sync, group)
+    checks.choice("adaptation", adaptation, checks.ADAPTATIONS)
+    checks.choice("hold", hold, checks.HOLDS)
+    theta = checks.tensors("base_params", base_params)
+    lam = checks.tensors("meta_params", meta_params)
+    checks.leaves("base_params", theta)
+    checks.disjoint(theta, lam)
+    device = checks.one_device(theta, lam)
+    if optimizer is not None or adaptation != "none":
+        checks.held_by(optimizer, theta)
+    problem = Problem(
+        base_losses=checks.closures("base_loss", base_loss),
+        meta_loss=checks.closures("meta_loss", meta_loss)[0],
+        base_params=theta,
+        meta_params=lam,
+        modules=tuple(m for m in (base_params, meta_params) if isinstance(m, nn.Module)),
+        optimizer=optimizer,
+        alpha=checks.positive("alpha", alpha),
+        adaptation=adaptation,
+        update_base=bool(update_base),
+        hold=hold,
+        backend=backends.resolve(backend, device),
+    )
+    return _sama(problem)
+
+
+def _called_like(_: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Give a function the signature of `meta_grad`, for help(), editors and type checkers."""
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        signature = inspect.signature(meta_grad)
+        function.__signature__ = signature.replace(return_annotation=inspect.signature(function).return_annotation)  # type: ignore[attr-defined]
+        return cast(Callable[P, R], function)
+
+    return decorate
+
+
+@_called_like(meta_grad)
+def meta_backward(*args: Any, **kwargs: Any) -> MetaGradient:
+    """Like `meta_grad`, with the same arguments, and accumulates into the `.grad` of lambda, like `backward`."""
+    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"))
+    result = meta_grad(*args, **kwargs)
+    torch.autograd.backward(lam, result.grads)
+    return result
+
+
+@_called_like(meta_grad)
+def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
+    """The meta loss as a 0-dim tensor whose `.backward()` yields the SAMA gradient; same arguments as `meta_grad`.
+
+    It can be added to other terms in lambda, and lambda may itself be computed from other tensors (a hypernetwork).
+    The passes run here, not in `backward()`.
+    """
+    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"))
+    loss: Tensor = SamaFunction.apply(lambda: meta_grad(*args, **kwargs), *lam)
+    return loss
+
+
+def _sama(problem: Problem) -> MetaGradient:
+    """SAMA in five steps."""
+    backend = problem.backend
+    plan = adaptations.plan(problem.optimizer, problem.base_params, problem.adaptation)
+    with (
+        Interrupts() as interrupts,
+        torch.no_grad(),
+        RngState({p.device for p in problem.base_params}) as rng,
+        BufferGuard(problem.modules) as buffers,
+    ):
+        # 1. The direct gradient d.
+        meta_loss, v, explicit = direct_gradient(problem, interrupts)
+        # 2. v = D d, in the memory of d.
+        norm_sqs = adaptations.apply(plan, v, backend)
+        # 3. epsilon = alpha / ||v||, on the device.
+        norm, epsilon, degenerate = ops.step_size(norm_sqs, problem.alpha, problem.tiny, backend=backend)
+        # 4. The two perturbed passes, of the same function.
+        moving = [p for p, x in zip(problem.base_params, v, strict=True) if x is not None]
+        v = [x for x in v if x is not None]
+        passes = PerturbedPasses(problem, buffers, rng, interrupts)
+        with frozen(problem.base_params), Perturbation(moving, v, backend) as theta:
+            theta.plus(epsilon)
+            base_loss_plus, grads_plus = passes.at_plus(theta)
+            theta.minus(epsilon)
+            base_loss_minus, grads_minus = passes.at_minus()
+            if problem.update_base:
+                theta.keep()
+        # 5. Their difference quotient.
+        grads = _difference(problem, grads_plus, grads_minus, explicit, norm, epsilon)
+    return MetaGradient(grads, meta_loss, base_loss_plus, base_loss_minus, norm, epsilon, degenerate)
+
+
+def _difference(
+    problem: Problem,
+    plus: list[Tensor | None],
+    minus: list[Tensor | None],
+    explicit: list[Tensor | None],
+    norm: Tensor,
+    epsilon: Tensor,
+) -> tuple[Tensor, ...]:
+    """-(plus - minus) / (2 epsilon) + explicit, in the memory of `plus`; a gradient that is None counts as zeros."""
+    results = [torch.zeros_like(p) if g is None else g for p, g in zip(problem.meta_params, plus, strict=True)]
+    others = [torch.zeros_like(p) if g is None else g for p, g in zip(problem.meta_params, minus, strict=True)]
+    for has_explicit in (False, True):
+        rows = [i for i, g in enumerate(explicit) if (g is not None) == has_explicit]
+        if rows:
+            terms = [g for g in explicit if g is not None] if has_explicit else []
+            ops.central_difference(
+                [results[i] for i in rows], [others[i] for i in rows], terms, epsilon, norm, backend=problem.backend
+            )
+    return tuple(results)

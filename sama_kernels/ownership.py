@@ -1,0 +1,54 @@
+"""Gradients that autograd returned, in memory of their own, so that the ops may work in place on them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def own(grads: list[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """`grads` where nobody else can see them, without a copy in the usual case.
+
+    autograd may hand out one buffer for two inputs, an expanded scalar, or a tensor that a custom backward still
+    holds. Those are copied into the layout of `like`; all others (every gradient of a transformer) are taken as they
+    are. `grads` itself must be the only list that holds them.
+    """
+    result: list[Tensor | None] = []
+    storages: set[int] = set()
+    for i in range(len(grads)):
+        grad = grads[i]
+        if grad is not None:
+            storage = grad.untyped_storage().data_ptr()
+            exclusive = _references(grad) == (_VIEW if grad._is_view() else _PLAIN)
+            if not exclusive or storage in storages or torch._debug_has_internal_overlap(grad) != 0:
+                grad = torch.empty_like(like[i], requires_grad=False).copy_(grad)
+                storage = grad.untyped_storage().data_ptr()
+            storages.add(storage)
+        result.append(grad)
+    return result
+
+
+def _references(grad: Tensor) -> tuple[int, ...]:
+    """How many references Python and C++ hold to the tensor, to the tensor it is a view of, and to their memory."""
+    base = grad._base
+    storage = grad.untyped_storage()
+    return (
+        sys.getrefcount(grad),
+        grad._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(base) if base is not None else 0,
+        base._use_count() if base is not None else 0,  # type: ignore[attr-defined]
+        torch._C._storage_Use_Count(storage._cdata),  # type: ignore[attr-defined]
+    )
+
+
+def _calibrate(fresh: list[Tensor]) -> tuple[int, ...]:
+    """The counts of a tensor that only a list holds; they differ between versions of torch and Python."""
+    grad = fresh[0]
+    return _references(grad)
+
+
+_PLAIN = _calibrate([torch.ones(2)])
+_VIEW = _calibrate([torch.ones(2).view(2)])

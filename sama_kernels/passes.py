@@ -1,0 +1,161 @@
+"""The three first-order passes of a meta step, and the perturbation of theta between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from sama_kernels import checks, detach_watch, ops
+from sama_kernels import held_values as holding
+from sama_kernels.guards import BufferGuard, Interrupts, RngState
+from sama_kernels.ownership import own
+from sama_kernels.types import Problem
+
+
+def direct_gradient(problem: Problem, interrupts: Interrupts) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    """Pass 1: L_meta(theta), d = dL_meta/dtheta and the explicit dL_meta/dlambda; None where the loss does not read.
+
+    `.grad` is not touched, and every d is in memory of its own, so that v can take its place.
+    """
+    n = len(problem.base_params)
+    with torch.enable_grad(), interrupts.allowed():
+        loss = problem.meta_loss()
+        checks.scalar_loss("meta_loss", loss, "base_params")
+        grads = torch.autograd.grad(loss, (*problem.base_params, *problem.meta_params), allow_unused=True)
+        loss = loss.detach().reshape(())
+    d, explicit = list(grads[:n]), list(grads[n:])
+    del grads
+    if all(g is None for g in d):
+        raise ValueError("meta_loss: it does not read any base parameter; compute it with base_params")
+    checks.dense("base_params", d)
+    return loss, own(d, problem.base_params), explicit
+
+
+class Perturbation:
+    """theta -> theta+ -> theta-, and back bit for bit when the block is left, however it is left.
+
+    v's memory is used up: it holds what brings theta back (`ops.perturb`).
+    """
+
+    def __init__(self, params: Sequence[Tensor], v: Sequence[Tensor], backend: str) -> None:
+        self._params = params
+        self._v = v
+        self._backend = backend
+        self._moved = False
+
+    def __enter__(self) -> Perturbation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._moved:
+            self.toggle()
+
+    def plus(self, epsilon: Tensor) -> None:
+        """theta -> theta+ = theta + epsilon v."""
+        ops.perturb(self._params, self._v, epsilon, ops.PLUS, backend=self._backend)
+        self._moved = True
+
+    def minus(self, epsilon: Tensor) -> None:
+        """theta+ -> theta- = theta - epsilon v."""
+        ops.perturb(self._params, self._v, epsilon, ops.MINUS, backend=self._backend)
+
+    def toggle(self) -> None:
+        """theta+- -> theta, or back again."""
+        ops.restore(self._params, self._v, backend=self._backend)
+        self._moved = not self._moved
+
+    def keep(self) -> None:
+        """Leave theta where it is: at theta-, which is the paper's base update theta - epsilon v."""
+        self._moved = False
+
+
+class PerturbedPasses:
+    """Passes 2 and 3: L_base(theta+-) and dL_base(theta+-)/dlambda, both of the same function.
+
+    The same random numbers, the same buffers, the same held values (`stop_gradient`). theta is frozen by the caller
+    and lambda alone is differentiated, so no activation of the base model is stored.
+    """
+
+    def __init__(self, problem: Problem, buffers: BufferGuard, rng: RngState, interrupts: Interrupts) -> None:
+        self._losses = problem.base_losses
+        self._base_params = problem.base_params
+        self._meta_params = problem.meta_params
+        self._buffers = buffers
+        self._rng = rng
+        self._interrupts = interrupts
+        self._tapes: list[holding.Tape] | None = None
+        if problem.hold == "auto":
+            tapes = [holding.tape_of(loss) for loss in self._losses]
+            self._tapes = [t for t in tapes if t is not None] if None not in tapes else None
+
+    def at_plus(self, theta: Perturbation) -> tuple[Tensor, list[Tensor | None]]:
+        """Pass 2, at theta+. If it asks for values at theta and no tape has them, theta goes back for them once."""
+        if self._tapes is None and any(map(holding.is_known_to_ask, self._losses)):
+            self._visit_centre(theta)
+        try:
+            return self._run()
+        except holding.NeedsCentre:
+            self._visit_centre(theta)
+            return self._run()
+
+    def at_minus(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Pass 3, at theta-."""
+        return self._run()
+
+    def _visit_centre(self, theta: Perturbation) -> None:
+        """Evaluate the losses at theta without a graph, to learn the values that `stop_gradient` holds."""
+        theta.toggle()
+        self._rewind_randomness()
+        tapes = []
+        for loss in self._losses:
+            tape = holding.Tape(copy=True)
+            with torch.no_grad(), holding.handling(tape.record), self._interrupts.allowed():
+                loss()
+            holding.remember(loss)
+            tapes.append(tape)
+        self._tapes = tapes
+        theta.toggle()
+
+    def _run(self) -> tuple[Tensor, list[Tensor | None]]:
+        self._rewind_randomness()
+        total: Tensor | None = None
+        sums: list[Tensor | None] = [None] * len(self._meta_params)
+        for i in range(len(self._losses)):
+            loss, grads = self._evaluate(i)
+            total = loss if total is None else total + loss
+            own_grads = own(grads, self._meta_params)
+            sums = [g if s is None else s if g is None else s.add_(g) for s, g in zip(sums, own_grads, strict=True)]
+        if all(s is None for s in sums):
+            raise ValueError("meta_params: base_loss does not read any of them (all gradients are None)")
+        assert total is not None
+        return total, sums
+
+    def _evaluate(self, i: int) -> tuple[Tensor, list[Tensor | None]]:
+        """One microbatch: the loss and its gradient with respect to lambda."""
+        closure = self._losses[i]
+        tape = self._tapes[i] if self._tapes is not None else None
+        if tape is not None:
+            tape.rewind()
+            if tape.rng is not None:  # the dropout masks of the call whose values are held
+                tape.rng.restore()
+        watch = detach_watch.DetachWatch(self._base_params) if detach_watch.is_new(closure) else None
+        handler = holding.refuse if tape is None else tape.replay
+        with torch.enable_grad(), holding.handling(handler), watch or nullcontext(), self._interrupts.allowed():
+            loss = closure()
+        if tape is not None:
+            tape.check_used_up()
+        checks.scalar_loss("base_loss", loss, "meta_params")
+        if watch is not None:
+            watch.report(closure)
+        with self._interrupts.allowed():
+            grads = torch.autograd.grad(loss, self._meta_params, allow_unused=True)
+        checks.dense("meta_params", grads)
+        return loss.detach().reshape(()), list(grads)
+
+    def _rewind_randomness(self) -> None:
+        self._rng.restore()
+        self._buffers.restore()

@@ -1,0 +1,57 @@
+"""The small data classes that travel between the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Closure = Callable[[], Tensor]
+"""Takes nothing, returns a scalar loss; is called again at the perturbed parameters."""
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """What `meta_grad` returns. The tensors live on the device of the parameters; none was copied to the host.
+
+    Attributes:
+        grads: dL_meta/dlambda, one per meta parameter, in their shapes and dtypes; zeros where a loss does not read it.
+        meta_loss: L_meta(theta), 0-dim, detached.
+        base_loss_plus, base_loss_minus: L_base(theta+-, lambda), summed over microbatches, 0-dim, detached.
+        norm: ||v||_2 over all base parameters, float64, 0-dim.
+        epsilon: the step size alpha / norm, float64, 0-dim; 0 if degenerate.
+        degenerate: bool, 0-dim. True if the norm is zero, tiny or not finite; `grads` then holds no finite difference
+            (zeros, plus the explicit dL_meta/dlambda if the norm was finite) and theta was not moved.
+    """
+
+    grads: tuple[Tensor, ...]
+    meta_loss: Tensor
+    base_loss_plus: Tensor
+    base_loss_minus: Tensor
+    norm: Tensor
+    epsilon: Tensor
+    degenerate: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The checked arguments of one meta step (`checks.problem` makes it)."""
+
+    base_losses: tuple[Closure, ...]
+    meta_loss: Closure
+    base_params: tuple[Tensor, ...]
+    meta_params: tuple[Tensor, ...]
+    modules: tuple[torch.nn.Module, ...]
+    optimizer: torch.optim.Optimizer | None
+    alpha: float
+    adaptation: str
+    update_base: bool
+    hold: str
+    backend: str
+
+    @property
+    def tiny(self) -> float:
+        """Norms up to this are zero: below it alpha / norm, or v itself, leaves the range of the arithmetic."""
+        return 1e-290 if all(p.dtype == torch.float64 for p in self.base_params) else 1e-30

@@ -1,0 +1,230 @@
+"""D of every optimizer configuration against float64 autograd through torch's own optimizer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from problems import relative_error
+from torch import Tensor
+
+from sama_kernels import adaptation
+
+ADAM = [
+    {"lr": 0.01},
+    {"lr": 0.003, "betas": (0.8, 0.95), "eps": 1e-3},
+    {"lr": 0.01, "weight_decay": 0.3},
+    {"lr": 0.01, "amsgrad": True},
+    {"lr": 0.01, "maximize": True},
+    {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
+]
+SGD = [
+    {"lr": 0.1},
+    {"lr": 0.1, "momentum": 0.9},
+    {"lr": 0.1, "momentum": 0.9, "dampening": 0.4},
+    {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.2},
+    {"lr": 0.1, "momentum": 0.5, "dampening": 0.4, "weight_decay": 0.2, "maximize": True},
+]
+CASES = [(torch.optim.SGD, k) for k in SGD] + [(t, k) for t in (torch.optim.Adam, torch.optim.AdamW) for k in ADAM]
+SHAPES = [(3, 4), (), (7,)]
+BACKENDS = ["reference", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _double_precision_step_counters() -> Any:
+    """torch makes step counters in the default dtype and, under differentiable=True, computes beta^t in it: in
+    float32 that alone is off by 1e-5 at step 2."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def stepped(optimizer_type: type[torch.optim.Optimizer], options: dict[str, Any], steps: int) -> tuple[Any, Any, Any]:
+    """An optimizer after `steps` steps on random gradients, with deep copies of it and its parameters before the last."""
+    params = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
+    optimizer = optimizer_type(params, **options)
+    for k in range(steps):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if k == steps - 1:
+            before = copy.deepcopy((params, optimizer.state_dict()))
+        optimizer.step()
+    return params, optimizer, before
+
+
+def differentiated(optimizer_type: Any, options: dict[str, Any], before: Any, grads: list[Tensor], d: list[Tensor]) -> list[Tensor]:
+    """(du/dg) d by autograd through one step of the optimizer with differentiable=True; for SGD, whose u is linear
+    in g, by a difference of two of its steps, as torch detaches the gradient where it creates the momentum buffer."""
+    if optimizer_type is torch.optim.SGD:
+        at_g, beyond = (updated(optimizer_type, options, before, [g + t * x for g, x in zip(grads, d, strict=True)]) for t in (0.0, 1.0))
+        return [a - b for a, b in zip(at_g, beyond, strict=True)]
+    params, state = before
+    g = [x.clone().requires_grad_() for x in grads]
+    inputs = [p.detach().clone().requires_grad_() for p in params]
+    moved = [p.clone() for p in inputs]
+    optimizer = optimizer_type(moved, **options, differentiable=True)
+    state["param_groups"][0]["differentiable"] = True
+    optimizer.load_state_dict(state)
+    for p, x in zip(moved, g, strict=True):
+        p.grad = x
+    optimizer.step()
+    update = [a - b for a, b in zip(inputs, moved, strict=True)]
+    return list(torch.autograd.grad(sum((u * x).sum() for u, x in zip(update, d, strict=True)), g))
+
+
+def updated(optimizer_type: Any, options: dict[str, Any], before: Any, grads: list[Tensor]) -> list[Tensor]:
+    """The parameters after one plain step of the optimizer with these gradients."""
+    params, state = copy.deepcopy(before)
+    optimizer = optimizer_type(params, **options)
+    optimizer.load_state_dict(state)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    optimizer.step()
+    return [p.detach() for p in params]
+
+
+def adapted(optimizer: torch.optim.Optimizer, params: list[Tensor], d: list[Tensor], mode: str, backend: str) -> tuple[list[Tensor], Tensor]:
+    v: list[Tensor | None] = [x.clone() for x in d]
+    with torch.no_grad():
+        norm_sqs = adaptation.apply(adaptation.plan(optimizer, params, mode), v, backend)
+    return [x for x in v if x is not None], torch.stack(norm_sqs).sum().sqrt()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_exact_is_the_derivative_of_torchs_own_step(case: int, steps: int, backend: str) -> None:
+    optimizer_type, options = CASES[case]
+    torch.manual_seed(1000 * case + steps)
+    params, optimizer, before = stepped(optimizer_type, options, steps)
+    d = [torch.randn_like(p) for p in params]
+    expected = differentiated(optimizer_type, options, before, [p.grad for p in params], d)
+    got, norm = adapted(optimizer, params, d, "exact", backend)
+    # At Adam's first step D is what rounding leaves of a difference of equals, 1e-8 of its terms: 1e-7 relative.
+    tolerance = 3e-7 if steps == 1 else 1e-11
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < tolerance
+    assert relative_error(norm, torch.cat([b.flatten() for b in expected]).norm()) < tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optimizer_type", [torch.optim.Adam, torch.optim.AdamW])
+def test_paper_drops_only_the_epsilon_term(optimizer_type: Any, backend: str) -> None:
+    """"paper" is "exact" minus lr (1 - beta1) eps / (c1 q^2) d, computed here from the state."""
+    torch.manual_seed(5)
+    options = {"lr": 0.01, "eps": 1e-2}
+    params, optimizer, _ = stepped(optimizer_type, options, 4)
+    d = [torch.randn_like(p) for p in params]
+    exact, _ = adapted(optimizer, params, d, "exact", backend)
+    paper, _ = adapted(optimizer, params, d, "paper", backend)
+    for p, x, a, b in zip(params, d, exact, paper, strict=True):
+        q = (optimizer.state[p]["exp_avg_sq"] / (1 - 0.999**4)).sqrt() + 1e-2
+        epsilon_term = 0.01 / (1 - 0.9**4) * 0.1 * 1e-2 / q**2 * x
+        assert relative_error(b, a - epsilon_term) < 1e-12
+        assert relative_error(b, a) > 1e-4  # the term is there to be dropped
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_untouched_cells_count_for_nothing_under_paper(backend: str) -> None:
+    p = torch.randn(6, dtype=torch.float32, requires_grad=True)
+    optimizer = torch.optim.Adam([p], lr=0.1)
+    mask = torch.tensor([1, 1, 1, 0, 0, 0])
+    for _ in range(3):
+        p.grad = torch.randn_like(p) * mask
+        optimizer.step()
+    d = torch.randn_like(p).detach()
+    (paper,), _ = adapted(optimizer, [p], [d], "paper", backend)
+    (exact,), _ = adapted(optimizer, [p], [d], "exact", backend)
+    assert (paper[3:] == 0).all() and (paper[:3] != 0).all()
+    c1 = 1 - 0.9**3
+    torch.testing.assert_close(exact[3:], 0.1 * 0.1 / (c1 * 1e-8) * d[3:], rtol=1e-5, atol=0.0)
+    assert exact[3:].norm() > 1e3 * exact[:3].norm()  # why "paper" is the default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_step_of_adam_is_exactly_zero_under_paper(dtype: torch.dtype, backend: str) -> None:
+    p = torch.randn(5000, dtype=dtype, requires_grad=True)
+    optimizer = torch.optim.Adam([p], lr=0.1)
+    p.grad = torch.randn_like(p) * torch.logspace(-6, 3, 5000).to(dtype)
+    optimizer.step()
+    (v,), norm = adapted(optimizer, [p], [torch.randn_like(p)], "paper", backend)
+    assert norm == 0 and (v == 0).all()
+
+
+LAYOUTS = [{"foreach": True}, {"foreach": False}, {"fused": True}, {"lr": torch.tensor(0.01, dtype=torch.float64)}]
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+@pytest.mark.parametrize("optimizer_type", [torch.optim.Adam, torch.optim.AdamW])
+def test_every_layout_of_the_state_gives_the_same(optimizer_type: Any, options: dict[str, Any]) -> None:
+    results = []
+    for extra in ({}, options):
+        torch.manual_seed(3)
+        params, optimizer, _ = stepped(optimizer_type, {"lr": 0.01, "weight_decay": 0.1, **extra}, 3)
+        torch.manual_seed(4)
+        v, norm = adapted(optimizer, params, [torch.randn_like(p) for p in params], "paper", "cpu")
+        results.append(torch.cat([*(x.flatten() for x in v), norm.reshape(1)]))
+    assert relative_error(results[1], results[0]) < 1e-12
+
+
+def test_tensor_lr_of_sgd() -> None:
+    p = torch.randn(5, requires_grad=True)
+    optimizer = torch.optim.SGD([p], lr=torch.tensor(0.25), momentum=0.9)
+    p.grad = torch.randn(5)
+    optimizer.step()
+    d = torch.randn(5)
+    (v,), _ = adapted(optimizer, [p], [d], "paper", "cpu")
+    torch.testing.assert_close(v, 0.25 * d)
+
+
+def test_groups_keep_their_own_hyperparameters() -> None:
+    torch.manual_seed(0)
+    a, b = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.Adam([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.02, "betas": (0.5, 0.9)}])
+    alone = [torch.optim.Adam([a.detach().clone().requires_grad_()], lr=0.1), torch.optim.Adam([b.detach().clone().requires_grad_()], lr=0.02, betas=(0.5, 0.9))]
+    for _ in range(3):
+        for p, other in zip((a, b), alone, strict=True):
+            p.grad = torch.randn_like(p)
+            other.param_groups[0]["params"][0].grad = p.grad.clone()
+            other.step()
+        optimizer.step()
+    d = [torch.randn_like(a), torch.randn_like(b)]
+    together, norm = adapted(optimizer, [b, a], [d[1], d[0]], "exact", "cpu")  # another order than the optimizer's
+    for got, other, x in zip(reversed(together), alone, d, strict=True):
+        (expected,), _ = adapted(other, other.param_groups[0]["params"], [x], "exact", "cpu")
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(norm, torch.cat(together).norm())
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor", "onecycle"])
+def test_scheduler_after_the_step_does_not_change_d(kind: str) -> None:
+    torch.manual_seed(0)
+    p = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([p], lr=torch.tensor(0.1) if kind == "tensor" else 0.1)
+    scheduler: Any = (
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=10)
+        if kind == "onecycle"
+        else torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.1)
+    )
+    d = torch.randn(8, dtype=torch.float64)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        (before,), _ = adapted(optimizer, [p], [d], "exact", "cpu")
+        scheduler.step()
+        (after,), _ = adapted(optimizer, [p], [d], "exact", "cpu")
+        assert torch.equal(before, after)
+
+
+def test_parameters_that_the_step_left_out_do_not_move() -> None:
+    used, unused = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    optimizer = torch.optim.Adam([used, unused], lr=0.1)
+    for _ in range(2):
+        used.grad = torch.randn(3)
+        optimizer.step()
+    v: list[Tensor | None] = [torch.randn(3), torch.randn(3)]
+    adaptation.apply(adaptation.plan(optimizer, [used, unused], "paper"), v, "cpu")
+    assert v[0] is not None and v[1] is None
