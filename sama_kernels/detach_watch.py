@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sama_kernels.held_values import code_of
 from sama_kernels.types import Closure
 
 _DETACHING = {Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__}  # type: ignore[attr-defined]
-_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+_watched = WeakIdKeyDictionary()
 
 
 class _Marked:
@@ -69,7 +70,7 @@ class DetachWatch(TorchFunctionMode):
 
     def report(self, closure: Closure) -> None:
         """Warn if something was found, with the cure; either way this closure's code is not watched again."""
-        _watched.add(_key(closure))
+        _watched[_key(closure)] = True
         if not self.found:
             return
         name = getattr(closure, "__qualname__", type(closure).__name__)

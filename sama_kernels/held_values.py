@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sama_kernels.guards import RngState
 from sama_kernels.types import Closure
@@ -54,6 +54,10 @@ class Tape:
             )
         return value
 
+    def is_empty(self) -> bool:
+        """Whether `stop_gradient` was never called."""
+        return not self._values
+
     def intact(self) -> bool:
         """Whether no remembered value has been changed in place since."""
         return all(value._version == version for value, version in self._values)
@@ -84,7 +88,7 @@ class _Session(threading.local):
 
 
 _session = _Session()
-_asks: weakref.WeakSet[CodeType] = weakref.WeakSet()
+_asks = WeakIdKeyDictionary()
 
 
 def stop_gradient(x: Tensor) -> Tensor:
@@ -119,6 +123,8 @@ def recorded(closure: Closure) -> Closure:
         tape = Tape(RngState(_cuda_devices()))
         with handling(tape.record):
             loss = closure()
+        if not tape.is_empty():
+            remember(closure)
         wrapper.tape = tape  # type: ignore[attr-defined]
         return loss
 
@@ -150,7 +156,7 @@ def refuse(_: Tensor) -> Tensor:
 def remember(closure: Closure) -> None:
     """Note that `closure` calls `stop_gradient`, to spare the next meta step finding out."""
     if (code := code_of(closure)) is not None:
-        _asks.add(code)
+        _asks[code] = True
 
 
 def is_known_to_ask(closure: Closure) -> bool:

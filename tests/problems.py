@@ -32,6 +32,7 @@ class Bilevel:
         optimizer.zero_grad()
         self.base_loss().backward()
         optimizer.step()
+        self.weigher.zero_grad()  # the base backward reached lambda too; a training loop clears that before a meta step
 
 
 def weight_net(seed: int, dtype: torch.dtype = torch.float64, hold: str = "stop_gradient", recorded: bool = True) -> Bilevel:

@@ -53,8 +53,9 @@ def adapt_norm_adam(
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if max_exp_avg_sqs:
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+    total = _zero(op, v)
     if weight_decay != 0.0:
-        if not params and v:
+        if not params:
             raise RuntimeError(f"sama::{op}: params is empty, but weight_decay needs theta")
         lists["params"] = params
     if mode not in (PAPER, EXACT):
@@ -65,7 +66,6 @@ def adapt_norm_adam(
     _check_scalars(op, {f"steps[{i}]": t for i, t in enumerate(steps)})
     if lr_tensor is not None:
         _check_scalars(op, {"lr_tensor": lr_tensor})
-    total = _zero(v)
     for i, d in enumerate(v):
         dtype = compute_dtype(d.dtype)
         device = d.device
@@ -103,10 +103,11 @@ def adapt_norm_adam(
 
 def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: float) -> Tensor:
     """See `sama_kernels.ops.adapt_norm_scale`."""
-    _check("adapt_norm_scale", {"v": v}, written=("v",))
+    op = "adapt_norm_scale"
+    _check(op, {"v": v}, written=("v",))
     if scale_tensor is not None:
-        _check_scalars("adapt_norm_scale", {"scale_tensor": scale_tensor})
-    total = _zero(v)
+        _check_scalars(op, {"scale_tensor": scale_tensor})
+    total = _zero(op, v)
     for d in v:
         dtype = compute_dtype(d.dtype)
         factor = scale if scale_tensor is None else scale * scale_tensor.to(device=d.device, dtype=torch.float64)
@@ -177,9 +178,7 @@ def central_difference(
         plus.copy_(implicit)
 
 
-def _check(
-    op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool = False
-) -> None:
+def _check(op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool = False) -> None:
     """Lengths, shapes, dtypes and layouts, before anything is written. The compiled kernels give the same messages."""
     first_name, first = next(iter(lists.items()))
     for name, tensors in lists.items():
@@ -193,11 +192,15 @@ def _check(
                 raise RuntimeError(f"sama::{op}: {shapes}")
             if same_dtype and x.dtype != like.dtype:
                 raise RuntimeError(f"sama::{op}: {name}[{i}] and {first_name}[{i}] must have the same dtype")
-            if name in written and any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+            if name in written and x.numel() > 1 and _expanded(x):
                 raise RuntimeError(
                     f"sama::{op}: {name}[{i}] is expanded: several elements share one place in memory, so it cannot be"
                     " changed in place; clone it"
                 )
+
+
+def _expanded(x: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | None = None) -> None:
@@ -208,8 +211,10 @@ def _check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | N
             raise RuntimeError(f"sama::{op}: {name} must hold one number, but has shape {list(x.shape)}")
 
 
-def _zero(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+def _zero(op: str, v: Sequence[Tensor]) -> Tensor:
+    if not v:
+        raise RuntimeError(f"sama::{op}: v is empty")
+    return torch.zeros((), dtype=torch.float64, device=v[0].device)
 
 
 def _move_to_plus(p: Tensor, v: Tensor, epsilon: Tensor) -> None:

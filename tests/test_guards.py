@@ -1,0 +1,299 @@
+"""What a meta step must leave alone: parameters, .grad, buffers, random numbers; whatever interrupts it."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from problems import flat, relative_error, same_bits
+from torch import Tensor, nn
+
+import sama_kernels as sk
+
+BACKENDS = ["cpu", "reference"]
+
+
+class Setting:
+    """A net with dropout and BatchNorm, a weight per sample, and everything that could be left changed."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1)).to(dtype)
+        self.weights = torch.rand(32, dtype=dtype, requires_grad=True)
+        self.x, self.y = torch.randn(32, 5, dtype=dtype), torch.randn(32, 1, dtype=dtype)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
+        self.calls = 0
+        for _ in range(3):
+            self.optimizer.zero_grad()
+            self.base_loss().backward()
+            self.optimizer.step()
+        self.weights.grad = None
+
+    def base_loss(self) -> Tensor:
+        self.calls += 1
+        losses = (self.net(self.x) - self.y).square().squeeze(1)
+        return (self.weights * torch.exp(-sk.stop_gradient(losses)) * losses).mean()
+
+    def meta_loss(self) -> Tensor:
+        return (self.net(self.x.flip(0)) - 1).square().mean() + 0 * random.random() * float(numpy.random.rand())
+
+    def meta_grad(self, **options: Any) -> sk.MetaGradient:
+        arguments: dict[str, Any] = {"base_params": self.net, "meta_params": [self.weights], "optimizer": self.optimizer, "alpha": 0.1}
+        return sk.meta_grad(options.pop("base_loss", self.base_loss), options.pop("meta_loss", self.meta_loss), **{**arguments, **options})
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "tensors": [t.detach().clone() for t in (*self.net.parameters(), *self.net.buffers(), self.weights)],
+            "identity": [id(t) for t in (*self.net.parameters(), *self.net.buffers())],
+            "grads": [p.grad.clone() for p in self.net.parameters()],  # type: ignore[union-attr]
+            "requires_grad": [p.requires_grad for p in (*self.net.parameters(), self.weights)],
+            "lambda.grad": self.weights.grad,
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": str(numpy.random.get_state()),
+            "handler": signal.getsignal(signal.SIGINT),
+            "grad mode": torch.is_grad_enabled(),
+            "stop_gradient": sk.stop_gradient(torch.ones(1)).tolist(),
+            "hooks": len(nn.modules.module._global_forward_pre_hooks),
+        }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key, value in before.items():
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            assert all(same_bits(a, b) for a, b in zip(value, after[key], strict=True)), key
+        elif isinstance(value, Tensor):
+            assert torch.equal(value, after[key]), key
+        else:
+            assert value == after[key], key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_success_leaves_everything_as_it_was(backend: str, dtype: torch.dtype) -> None:
+    setting = Setting(dtype)
+    before = setting.state()
+    out = setting.meta_grad(backend=backend)
+    assert not out.degenerate and out.grads[0].norm() > 0
+    assert_same(before, setting.state())
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_error_in_a_closure_leaves_everything_as_it_was(backend: str, call: int, error: type[BaseException]) -> None:
+    """Call 0 is the meta loss, 1 the centre, 2 and 3 the perturbed passes."""
+    setting = Setting()
+    before = setting.state()
+
+    def failing_base() -> Tensor:
+        loss = setting.base_loss()
+        if setting.calls == first + call:
+            setting.net[1].running_mean.fill_(7.0)  # type: ignore[union-attr, operator]
+            raise error("on purpose")
+        return loss
+
+    def failing_meta() -> Tensor:
+        setting.meta_loss()
+        raise error("on purpose")
+
+    first = sys.maxsize
+    setting.meta_grad(backend=backend, base_loss=failing_base)  # the first meta step learns about stop_gradient
+    first = setting.calls
+    with pytest.raises(error, match="on purpose"):
+        setting.meta_grad(backend=backend, base_loss=failing_base, **({"meta_loss": failing_meta} if call == 0 else {}), update_base=True)
+    assert_same(before, setting.state())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_error_in_backward_leaves_everything_as_it_was(backend: str) -> None:
+    class Explodes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise Broken("in backward")
+
+    setting = Setting()
+    before = setting.state()
+    with pytest.raises(Broken):
+        setting.meta_grad(backend=backend, base_loss=lambda: Explodes.apply(setting.base_loss()))
+    assert_same(before, setting.state())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ctrl_c_at_every_line_leaves_everything_as_it_was(backend: str) -> None:
+    """A real SIGINT at every line that the library executes (the first and the last time it does): KeyboardInterrupt,
+    and nothing changed."""
+    setting = Setting()
+    setting.meta_grad(backend=backend)  # the first meta step learns about stop_gradient
+    before = setting.state()
+    executed: list[tuple[str, int]] = []
+
+    def run(interrupt_at: int | None) -> None:
+        del executed[:]
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if "sama_kernels" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                executed.append((frame.f_code.co_filename, frame.f_lineno))
+                if len(executed) - 1 == interrupt_at:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            setting.meta_grad(backend=backend)
+        finally:
+            sys.settrace(None)
+
+    run(None)
+    first = {place: i for i, place in reversed(list(enumerate(executed)))}
+    last = {place: i for i, place in enumerate(executed)}
+    targets = sorted({*first.values(), *last.values()})
+    assert len(first) > 150
+    for target in targets:
+        with pytest.raises(KeyboardInterrupt):
+            run(target)
+        assert_same(before, setting.state())
+
+
+def test_dropout_masks_are_replayed() -> None:
+    """Repeats from the same generator state agree bit for bit, and repeats with fresh masks agree closely, which they
+    do not if the two passes draw masks of their own (then the difference of two losses is mostly mask)."""
+    setting = Setting(torch.float64)
+    torch.manual_seed(1)
+    same = [setting.meta_grad().grads[0] for _ in range(3)]
+    assert all(torch.equal(g, same[0]) for g in same)
+    fresh = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        fresh.append(setting.meta_grad().grads[0])
+    mean = torch.stack(fresh).mean(0)
+    spread = torch.stack([g - mean for g in fresh]).norm(dim=1).mean() / mean.norm()
+    assert 0 < spread < 3
+
+    different = setting.base_loss(), setting.base_loss()
+    assert different[0] != different[1]  # the masks are there
+
+
+def test_every_generator_is_replayed() -> None:
+    setting = Setting()
+    drawn: list[tuple[float, ...]] = []
+
+    def base() -> Tensor:
+        drawn.append((random.random(), float(numpy.random.rand()), float(torch.rand(1))))
+        return setting.base_loss()
+
+    setting.meta_grad(base_loss=base)
+    assert len(drawn) >= 3 and len(set(drawn)) == 1
+
+
+def test_buffers_of_modules_that_are_not_arguments() -> None:
+    setting = Setting()
+    other = nn.BatchNorm1d(5, momentum=None)
+    before = [b.clone() for b in other.buffers()]
+    out = sk.meta_grad(
+        lambda: (setting.weights * (setting.net(other(setting.x)) - setting.y).square().squeeze(1)).mean(), setting.meta_loss,
+        base_params=list(setting.net.parameters()), meta_params=[setting.weights], optimizer=setting.optimizer,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True)) and not out.degenerate
+
+
+def test_a_buffer_that_is_replaced_comes_back_as_the_same_tensor() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count = self.count + 1
+            return x * (1 + 0.01 * self.count)
+
+    setting = Setting()
+    counter = Counter()
+    original, values = counter.count, []
+
+    def base() -> Tensor:
+        losses = (setting.net(counter(setting.x)) - setting.y).square().squeeze(1)
+        values.append(float(counter.count))
+        return (setting.weights * losses).mean()
+
+    setting.meta_grad(base_loss=base)
+    assert counter.count is original and counter.count == 0 and set(values) == {1.0}
+
+
+def test_theta_is_frozen_in_the_perturbed_passes_only() -> None:
+    setting = Setting()
+    flags: list[bool] = []
+
+    def base() -> Tensor:
+        flags.append(any(p.requires_grad for p in setting.net.parameters()))
+        return setting.base_loss()
+
+    def meta() -> Tensor:
+        assert all(p.requires_grad for p in setting.net.parameters())
+        return setting.meta_loss()
+
+    setting.meta_grad(base_loss=base, meta_loss=meta)
+    assert not any(flags) and all(p.requires_grad for p in setting.net.parameters())
+
+
+def test_both_sides_are_realised_symmetrically_and_alpha_long() -> None:
+    setting = Setting()
+    theta = flat(tuple(setting.net.parameters()))
+    seen: list[Tensor] = []
+
+    def base() -> Tensor:
+        seen.append(flat(tuple(setting.net.parameters())))
+        return setting.base_loss()
+
+    setting.meta_grad(base_loss=base, alpha=0.1, hold="center")
+    plus, minus = seen[-2], seen[-1]
+    assert relative_error((plus - theta).norm(), torch.tensor(0.1)) < 1e-5
+    assert relative_error(plus - theta, theta - minus) < 1e-5
+
+
+def test_one_extra_buffer_of_the_size_of_theta() -> None:
+    """The peak of live tensor memory during a meta step is one theta above that of the largest single pass."""
+    net = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
+    weights = torch.rand(4, requires_grad=True)
+    x = torch.randn(4, 256)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (weights * net(x).square().mean(1)).mean().backward()
+        optimizer.step()
+    size = sum(p.numel() for p in net.parameters()) * 4
+
+    def meta_step() -> None:
+        sk.meta_grad(
+            lambda: (weights * net(x).square().mean(1)).mean(), lambda: net(x).square().mean(),
+            base_params=net, meta_params=[weights], optimizer=optimizer, alpha=0.1, backend="cpu",
+        )  # fmt: skip
+
+    meta_step()
+    assert size <= peak_allocated(meta_step) < 1.02 * size
+
+
+def peak_allocated(work: Callable[[], None]) -> int:
+    """The most bytes that were allocated at one time by torch's CPU allocator within `work`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = numpy.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(live.max())
