@@ -57,7 +57,9 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
     """Raise unless every tensor is a leaf that owns its cells: it is moved in place."""
     for i, p in enumerate(params):
         if not p.is_leaf:
-            raise ValueError(f"{name}: tensor {i} is not a leaf; pass the parameters themselves, not values made of them")
+            raise ValueError(
+                f"{name}: tensor {i} is not a leaf; pass the parameters themselves, not values made of them"
+            )
         if torch._debug_has_internal_overlap(p) == 1:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
 
@@ -123,7 +125,9 @@ def scalar_loss(name: str, loss: Any, reads: str) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"{name}: must return a scalar tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
-        raise ValueError(f"{name}: must return a scalar, got shape {tuple(loss.shape)}; reduce it with .mean() or .sum()")
+        raise ValueError(
+            f"{name}: must return a scalar, got shape {tuple(loss.shape)}; reduce it with .mean() or .sum()"
+        )
     if not loss.requires_grad:
         raise ValueError(
             f"{name}: its result has no gradient with respect to {reads}: it does not read them, or it was detached"

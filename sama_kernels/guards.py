@@ -99,7 +99,7 @@ class BufferGuard:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._roots = modules
-        self._saved: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] = {}
+        self._saved: dict[nn.Module, list[tuple[str, Tensor, Tensor, int]]] = {}
 
     def __enter__(self) -> BufferGuard:
         for root in self._roots:
@@ -114,16 +114,19 @@ class BufferGuard:
         self.restore()
 
     def restore(self) -> None:
-        """Put every buffer seen so far back: the same tensor objects with the same contents."""
+        """Put every buffer seen so far back: the same tensor objects with the same contents and version counters."""
         with torch.no_grad():
             for module, buffers in self._saved.items():
-                for name, buffer, contents in buffers:
+                for name, buffer, contents, version in buffers:
                     module._buffers[name] = buffer
                     buffer.copy_(contents)
+                    torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
 
     def _save(self, module: nn.Module) -> None:
         if module._buffers and module not in self._saved:
-            self._saved[module] = [(n, b, b.detach().clone()) for n, b in module._buffers.items() if b is not None]
+            self._saved[module] = [
+                (name, b, b.detach().clone(), b._version) for name, b in module._buffers.items() if b is not None
+            ]
 
 
 @contextmanager

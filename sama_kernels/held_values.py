@@ -172,4 +172,5 @@ def code_of(closure: Closure) -> CodeType | None:
 
 
 def _cuda_devices() -> list[torch.device]:
-    return [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_initialized() else []
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.device("cuda", torch.cuda.current_device())] if initialized else []

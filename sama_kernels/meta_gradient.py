@@ -120,7 +120,7 @@ def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
     The passes run here, not in `backward()`.
     """
     kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"))
-    loss: Tensor = SamaFunction.apply(lambda: meta_grad(*args, **kwargs), *lam)
+    loss: Tensor = SamaFunction.apply(lambda: meta_grad(*args, **kwargs), *lam)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -142,9 +142,9 @@ def _sama(problem: Problem) -> MetaGradient:
         norm, epsilon, degenerate = ops.step_size(norm_sqs, problem.alpha, problem.tiny, backend=backend)
         # 4. The two perturbed passes, of the same function.
         moving = [p for p, x in zip(problem.base_params, v, strict=True) if x is not None]
-        v = [x for x in v if x is not None]
+        directions = [x for x in v if x is not None]
         passes = PerturbedPasses(problem, buffers, rng, interrupts)
-        with frozen(problem.base_params), Perturbation(moving, v, backend) as theta:
+        with frozen(problem.base_params), Perturbation(moving, directions, backend) as theta:
             theta.plus(epsilon)
             base_loss_plus, grads_plus = passes.at_plus(theta)
             theta.minus(epsilon)

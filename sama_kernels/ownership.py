@@ -40,7 +40,7 @@ def _references(grad: Tensor) -> tuple[int, ...]:
         grad._use_count(),  # type: ignore[attr-defined]
         sys.getrefcount(base) if base is not None else 0,
         base._use_count() if base is not None else 0,  # type: ignore[attr-defined]
-        torch._C._storage_Use_Count(storage._cdata),  # type: ignore[attr-defined]
+        torch._C._storage_Use_Count(storage._cdata),
     )
 
 

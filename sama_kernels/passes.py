@@ -16,7 +16,9 @@ from sama_kernels.ownership import own
 from sama_kernels.types import Problem
 
 
-def direct_gradient(problem: Problem, interrupts: Interrupts) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+def direct_gradient(
+    problem: Problem, interrupts: Interrupts
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """Pass 1: L_meta(theta), d = dL_meta/dtheta and the explicit dL_meta/dlambda; None where the loss does not read.
 
     `.grad` is not touched, and every d is in memory of its own, so that v can take its place.
@@ -27,8 +29,9 @@ def direct_gradient(problem: Problem, interrupts: Interrupts) -> tuple[Tensor, l
         checks.scalar_loss("meta_loss", loss, "base_params")
         grads = torch.autograd.grad(loss, (*problem.base_params, *problem.meta_params), allow_unused=True)
         loss = loss.detach().reshape(())
-    d, explicit = list(grads[:n]), list(grads[n:])
-    del grads
+    d: list[Tensor | None] = list(grads[:n])
+    explicit: list[Tensor | None] = list(grads[n:])
+    del grads  # `own` wants the only reference
     if all(g is None for g in d):
         raise ValueError("meta_loss: it does not read any base parameter; compute it with base_params")
     checks.dense("base_params", d)
@@ -45,14 +48,19 @@ class Perturbation:
         self._params = params
         self._v = v
         self._backend = backend
+        self._versions = tuple(p._version for p in params)
         self._moved = False
 
     def __enter__(self) -> Perturbation:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._moved:
             self.toggle()
+            # The same bits as before: a graph of the caller's that saved theta may still be used.
+            torch._C._autograd._unsafe_set_version_counter(tuple(self._params), self._versions)
 
     def plus(self, epsilon: Tensor) -> None:
         """theta -> theta+ = theta + epsilon v."""

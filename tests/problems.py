@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sama_kernels as sk
+
+OPTIMIZERS = [
+    (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    (torch.optim.Adam, {"lr": 0.02}),
+    (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+]
 
 
 @dataclass
@@ -35,7 +44,9 @@ class Bilevel:
         self.weigher.zero_grad()  # the base backward reached lambda too; a training loop clears that before a meta step
 
 
-def weight_net(seed: int, dtype: torch.dtype = torch.float64, hold: str = "stop_gradient", recorded: bool = True) -> Bilevel:
+def weight_net(
+    seed: int, dtype: torch.dtype = torch.float64, hold: str = "stop_gradient", recorded: bool = True
+) -> Bilevel:
     """Meta-Weight-Net regression. `hold`: what the weight net's input goes through, "stop_gradient" or "detach"."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
@@ -80,3 +91,22 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, NaN and signed zeros included."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return bool(torch.equal(a.detach().contiguous().view(integers), b.detach().contiguous().view(integers)))
+
+
+def after_steps(problem: Bilevel, case: int, steps: int = 3) -> torch.optim.Optimizer:
+    optimizer_type, options = OPTIMIZERS[case]
+    optimizer = optimizer_type(problem.theta, **options)
+    for _ in range(steps):
+        problem.step(optimizer)
+    return optimizer
+
+
+def meta_grad(problem: Bilevel, optimizer: Any, **options: Any) -> sk.MetaGradient:
+    return sk.meta_grad(
+        problem.base_loss,
+        problem.meta_loss,
+        base_params=problem.net,
+        meta_params=problem.weigher,
+        optimizer=optimizer,
+        **{"alpha": 1e-3, **options},
+    )

@@ -42,7 +42,7 @@ def _double_precision_step_counters() -> Any:
 
 
 def stepped(optimizer_type: type[torch.optim.Optimizer], options: dict[str, Any], steps: int) -> tuple[Any, Any, Any]:
-    """An optimizer after `steps` steps on random gradients, with deep copies of it and its parameters before the last."""
+    """An optimizer after `steps` steps on random gradients, and copies of both before the last one."""
     params = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
     optimizer = optimizer_type(params, **options)
     for k in range(steps):
@@ -54,11 +54,16 @@ def stepped(optimizer_type: type[torch.optim.Optimizer], options: dict[str, Any]
     return params, optimizer, before
 
 
-def differentiated(optimizer_type: Any, options: dict[str, Any], before: Any, grads: list[Tensor], d: list[Tensor]) -> list[Tensor]:
+def differentiated(
+    optimizer_type: Any, options: dict[str, Any], before: Any, grads: list[Tensor], d: list[Tensor]
+) -> list[Tensor]:
     """(du/dg) d by autograd through one step of the optimizer with differentiable=True; for SGD, whose u is linear
     in g, by a difference of two of its steps, as torch detaches the gradient where it creates the momentum buffer."""
     if optimizer_type is torch.optim.SGD:
-        at_g, beyond = (updated(optimizer_type, options, before, [g + t * x for g, x in zip(grads, d, strict=True)]) for t in (0.0, 1.0))
+        at_g, beyond = (
+            updated(optimizer_type, options, before, [g + t * x for g, x in zip(grads, d, strict=True)])
+            for t in (0.0, 1.0)
+        )
         return [a - b for a, b in zip(at_g, beyond, strict=True)]
     params, state = before
     g = [x.clone().requires_grad_() for x in grads]
@@ -85,7 +90,9 @@ def updated(optimizer_type: Any, options: dict[str, Any], before: Any, grads: li
     return [p.detach() for p in params]
 
 
-def adapted(optimizer: torch.optim.Optimizer, params: list[Tensor], d: list[Tensor], mode: str, backend: str) -> tuple[list[Tensor], Tensor]:
+def adapted(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], d: list[Tensor], mode: str, backend: str
+) -> tuple[list[Tensor], Tensor]:
     v: list[Tensor | None] = [x.clone() for x in d]
     with torch.no_grad():
         norm_sqs = adaptation.apply(adaptation.plan(optimizer, params, mode), v, backend)
@@ -112,7 +119,7 @@ def test_exact_is_the_derivative_of_torchs_own_step(case: int, steps: int, backe
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("optimizer_type", [torch.optim.Adam, torch.optim.AdamW])
 def test_paper_drops_only_the_epsilon_term(optimizer_type: Any, backend: str) -> None:
-    """"paper" is "exact" minus lr (1 - beta1) eps / (c1 q^2) d, computed here from the state."""
+    """ "paper" is "exact" minus lr (1 - beta1) eps / (c1 q^2) d, computed here from the state."""
     torch.manual_seed(5)
     options = {"lr": 0.01, "eps": 1e-2}
     params, optimizer, _ = stepped(optimizer_type, options, 4)
@@ -184,7 +191,10 @@ def test_groups_keep_their_own_hyperparameters() -> None:
     torch.manual_seed(0)
     a, b = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     optimizer = torch.optim.Adam([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.02, "betas": (0.5, 0.9)}])
-    alone = [torch.optim.Adam([a.detach().clone().requires_grad_()], lr=0.1), torch.optim.Adam([b.detach().clone().requires_grad_()], lr=0.02, betas=(0.5, 0.9))]
+    alone = [
+        torch.optim.Adam([a.detach().clone().requires_grad_()], lr=0.1),
+        torch.optim.Adam([b.detach().clone().requires_grad_()], lr=0.02, betas=(0.5, 0.9)),
+    ]
     for _ in range(3):
         for p, other in zip((a, b), alone, strict=True):
             p.grad = torch.randn_like(p)

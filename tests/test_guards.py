@@ -25,7 +25,9 @@ class Setting:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1)).to(dtype)
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1)).to(
+            dtype
+        )
         self.weights = torch.rand(32, dtype=dtype, requires_grad=True)
         self.x, self.y = torch.randn(32, 5, dtype=dtype), torch.randn(32, 1, dtype=dtype)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
@@ -45,8 +47,17 @@ class Setting:
         return (self.net(self.x.flip(0)) - 1).square().mean() + 0 * random.random() * float(numpy.random.rand())
 
     def meta_grad(self, **options: Any) -> sk.MetaGradient:
-        arguments: dict[str, Any] = {"base_params": self.net, "meta_params": [self.weights], "optimizer": self.optimizer, "alpha": 0.1}
-        return sk.meta_grad(options.pop("base_loss", self.base_loss), options.pop("meta_loss", self.meta_loss), **{**arguments, **options})
+        arguments: dict[str, Any] = {
+            "base_params": self.net,
+            "meta_params": [self.weights],
+            "optimizer": self.optimizer,
+            "alpha": 0.1,
+        }
+        return sk.meta_grad(
+            options.pop("base_loss", self.base_loss),
+            options.pop("meta_loss", self.meta_loss),
+            **{**arguments, **options},
+        )
 
     def state(self) -> dict[str, Any]:
         return {
@@ -112,7 +123,12 @@ def test_an_error_in_a_closure_leaves_everything_as_it_was(backend: str, call: i
     setting.meta_grad(backend=backend, base_loss=failing_base)  # the first meta step learns about stop_gradient
     first = setting.calls
     with pytest.raises(error, match="on purpose"):
-        setting.meta_grad(backend=backend, base_loss=failing_base, **({"meta_loss": failing_meta} if call == 0 else {}), update_base=True)
+        setting.meta_grad(
+            backend=backend,
+            base_loss=failing_base,
+            **({"meta_loss": failing_meta} if call == 0 else {}),
+            update_base=True,
+        )
     assert_same(before, setting.state())
 
 
@@ -208,9 +224,12 @@ def test_buffers_of_modules_that_are_not_arguments() -> None:
     other = nn.BatchNorm1d(5, momentum=None)
     before = [b.clone() for b in other.buffers()]
     out = sk.meta_grad(
-        lambda: (setting.weights * (setting.net(other(setting.x)) - setting.y).square().squeeze(1)).mean(), setting.meta_loss,
-        base_params=list(setting.net.parameters()), meta_params=[setting.weights], optimizer=setting.optimizer,
-    )  # fmt: skip
+        lambda: (setting.weights * (setting.net(other(setting.x)) - setting.y).square().squeeze(1)).mean(),
+        setting.meta_loss,
+        base_params=list(setting.net.parameters()),
+        meta_params=[setting.weights],
+        optimizer=setting.optimizer,
+    )
     assert all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True)) and not out.degenerate
 
 
@@ -253,6 +272,19 @@ def test_theta_is_frozen_in_the_perturbed_passes_only() -> None:
     assert not any(flags) and all(p.requires_grad for p in setting.net.parameters())
 
 
+def test_a_graph_made_before_the_meta_step_can_still_be_used() -> None:
+    """theta is back to the bit, so autograd is told that nothing changed; after update_base it is told the truth."""
+    setting = Setting(torch.float64)
+    setting.net.eval()
+    pending, again = setting.base_loss(), setting.base_loss()
+    setting.meta_grad()
+    grads = torch.autograd.grad(pending, setting.net[0].weight)  # type: ignore[union-attr]
+    torch.testing.assert_close(grads, torch.autograd.grad(setting.base_loss(), setting.net[0].weight))  # type: ignore[union-attr]
+    setting.meta_grad(update_base=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(again, setting.net[0].weight)  # type: ignore[union-attr]
+
+
 def test_both_sides_are_realised_symmetrically_and_alpha_long() -> None:
     setting = Setting()
     theta = flat(tuple(setting.net.parameters()))
@@ -282,9 +314,14 @@ def test_one_extra_buffer_of_the_size_of_theta() -> None:
 
     def meta_step() -> None:
         sk.meta_grad(
-            lambda: (weights * net(x).square().mean(1)).mean(), lambda: net(x).square().mean(),
-            base_params=net, meta_params=[weights], optimizer=optimizer, alpha=0.1, backend="cpu",
-        )  # fmt: skip
+            lambda: (weights * net(x).square().mean(1)).mean(),
+            lambda: net(x).square().mean(),
+            base_params=net,
+            meta_params=[weights],
+            optimizer=optimizer,
+            alpha=0.1,
+            backend="cpu",
+        )
 
     meta_step()
     assert size <= peak_allocated(meta_step) < 1.02 * size

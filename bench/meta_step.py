@@ -1,0 +1,173 @@
+"""`python -m bench.meta_step`: time and memory of a whole meta step against a plain base step, on a BERT.
+
+Candidates, interleaved: the plain base step (no meta learner); a meta step with the compiled kernels, with the
+reference backend, and a straightforward SAMA in plain PyTorch (theta + eps v, - 2 eps v, + eps v in place; theta not
+frozen, as the official implementation does). Per unroll length, the time of `unroll` base steps and one meta step over
+that of `unroll` plain steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sama_kernels as sk
+from bench.measure import interleaved, machine, paired_ratio, peak_bytes, spread
+
+SIZES = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+
+
+class Workload:
+    """Data reweighting of a BERT classifier by a Meta-Weight-Net, one fixed random batch for each level."""
+
+    def __init__(self, model: str, batch: int, tokens: int, device: torch.device) -> None:
+        import transformers
+
+        torch.manual_seed(0)
+        if model in SIZES:
+            config = transformers.BertConfig(**SIZES[model], num_labels=2)
+            self.net: Any = transformers.BertForSequenceClassification(config)
+        else:
+            self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
+                model, num_labels=2, local_files_only=True
+            )
+        self.net.to(device).train()
+        self.weigher = nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid()).to(device)
+        self.ids = torch.randint(5, self.net.config.vocab_size, (2, batch, tokens), device=device)
+        self.labels = torch.randint(0, 2, (2, batch), device=device)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-5)
+        self.recorded_base_loss = sk.recorded(self.base_loss)
+
+    def losses(self, k: int) -> Tensor:
+        """Per-sample losses of batch k, shape (batch,)."""
+        return F.cross_entropy(self.net(self.ids[k]).logits, self.labels[k], reduction="none")
+
+    def base_loss(self) -> Tensor:
+        """Weighted loss of the base batch."""
+        losses = self.losses(0)
+        return (self.weigher(sk.stop_gradient(losses)[:, None]).squeeze(1) * losses).mean()
+
+    def meta_loss(self) -> Tensor:
+        """Loss of the meta batch."""
+        return self.losses(1).mean()
+
+    def step(self, loss: Callable[[], Tensor]) -> None:
+        """A base step."""
+        self.optimizer.zero_grad()
+        loss().backward()
+        self.optimizer.step()
+
+    def plain_step(self) -> None:
+        """A base step without a meta learner."""
+        self.step(lambda: self.losses(0).mean())
+
+    def weighted_step(self) -> None:
+        """A base step with the weight net, recorded for the meta step."""
+        self.step(self.recorded_base_loss)
+
+    def meta_step(self, backend: str) -> None:
+        """One SAMA meta gradient."""
+        sk.meta_grad(
+            self.recorded_base_loss,
+            self.meta_loss,
+            base_params=self.net,
+            meta_params=self.weigher,
+            optimizer=self.optimizer,
+            backend=backend,
+        )
+
+    def naive_meta_step(self) -> None:
+        """SAMA as one would write it down: a clone of nothing, but theta moved in place three times and not frozen."""
+        theta = [p for p in self.net.parameters() if p.grad is not None]
+        lam = tuple(self.weigher.parameters())
+        d = torch.autograd.grad(self.meta_loss(), theta)
+        v = []
+        for p, x in zip(theta, d, strict=True):
+            state = self.optimizer.state[p]
+            t = float(state["step"])
+            s = (state["exp_avg_sq"] / (1 - 0.999**t)).sqrt()
+            q = s + 1e-8
+            numerator = 0.1 * s * q - 0.001 / (1 - 0.999**t) * state["exp_avg"] * p.grad
+            v.append(1e-5 / (1 - 0.9**t) * torch.nan_to_num(numerator / (s * q * q)) * x)
+        epsilon = 1.0 / torch.cat([x.flatten() for x in v]).norm()
+        gradients = []
+        for factor in (1.0, -2.0):
+            with torch.no_grad():
+                torch._foreach_add_(theta, torch._foreach_mul(v, epsilon * factor))
+            gradients.append(torch.autograd.grad(self.base_loss(), lam))
+        with torch.no_grad():
+            torch._foreach_add_(theta, torch._foreach_mul(v, epsilon))
+        for plus, minus in zip(*gradients, strict=True):
+            plus.sub_(minus).div_(-2 * epsilon)
+
+
+def measure(workload: Workload, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Times, ratios and peaks of one workload."""
+    backend = "cpu" if device.type == "cpu" else "auto"
+    workload.weighted_step()
+    workload.weighted_step()
+    candidates: dict[str, Callable[[], None]] = {
+        "plain base step": workload.plain_step,
+        "weighted base step": workload.weighted_step,
+        "meta step": lambda: workload.meta_step(backend),
+        "meta step, reference backend": lambda: workload.meta_step("reference"),
+        "meta step, naive": workload.naive_meta_step,
+    }
+    seconds = interleaved(candidates, rounds)
+    plain, base = seconds["plain base step"], seconds["weighted base step"]
+    results: dict[str, Any] = {"seconds": {name: spread(values) for name, values in seconds.items()}}
+    results["relative to a plain base step"] = {n: paired_ratio(v, plain) for n, v in seconds.items()}
+    for name in list(candidates)[2:]:
+        for unroll in (1, 10):
+            total = [unroll * b + m for b, m in zip(base, seconds[name], strict=True)]
+            key = f"throughput relative to plain, unroll {unroll}"
+            results.setdefault(key, {})[name] = paired_ratio([unroll * p for p in plain], total)
+    fixed = sum(t.numel() * t.element_size() for t in (*workload.net.parameters(), *workload.net.buffers()))
+    fixed += sum(t.numel() * t.element_size() for s in workload.optimizer.state.values() for t in s.values())
+    grads = sum(p.grad.numel() * p.grad.element_size() for p in workload.net.parameters() if p.grad is not None)
+    live: dict[str, int] = {}
+    for name, work in candidates.items():
+        if "meta" in name:  # finds the gradients of the base step in place
+            live[name] = fixed + grads + peak_bytes(work, device)
+        else:  # makes them
+            workload.optimizer.zero_grad()
+            live[name] = fixed + peak_bytes(work, device)
+    results["live bytes at the peak"] = live
+    results["live memory relative to plain"] = {n: v / live["plain base step"] for n, v in live.items()}
+    return results
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="small", help=f"one of {', '.join(SIZES)}, or a Hugging Face model folder")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="folder for meta_step_<model>.json")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    workload = Workload(options.model, options.batch, options.tokens, device)
+    name = options.model if options.model in SIZES else Path(options.model).name
+    settings = {"model": name, "batch": options.batch, "tokens": options.tokens, "rounds": options.rounds}
+    result = {"settings": settings, "machine": machine(), **measure(workload, options.rounds, device)}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"meta_step_{name}_{device.type}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Imports point strictly downwards, and the files stay small: held by a test, not by good intentions."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sama_kernels
+
+ROOT = Path(sama_kernels.__file__).parent
+
+# From the top. A module may import from layers below its own; within `ops/`, `backends/`, `adaptation/` the package
+# file stands above its members.
+LAYERS = [
+    ["sama_kernels.__main__"],
+    ["sama_kernels"],
+    ["sama_kernels.info"],
+    ["sama_kernels.meta_gradient"],
+    ["sama_kernels.function", "sama_kernels.passes"],
+    ["sama_kernels.adaptation"],
+    ["sama_kernels.adaptation.adam", "sama_kernels.adaptation.sgd"],
+    ["sama_kernels.adaptation.plan", "sama_kernels.adaptation.step_record", "sama_kernels.detach_watch"],
+    ["sama_kernels.held_values"],
+    ["sama_kernels.ops"],
+    [f"sama_kernels.ops.{op}" for op in ("adapt_norm", "step_size", "perturb", "restore", "central_difference")],
+    ["sama_kernels.ops._library", "sama_kernels.backends"],
+    ["sama_kernels.backends.reference", "sama_kernels.backends.cpu"],
+    [
+        "sama_kernels.checks",
+        "sama_kernels.guards",
+        "sama_kernels.ownership",
+        "sama_kernels.types",
+        "sama_kernels.version",
+    ],
+]
+RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of ours that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in RANK else node.module for name in inner}
+    return {name for name in names if name.split(".")[0] in ("sama_kernels", "sama_experiments", "bench", "tests")}
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(modules()) == set(RANK)
+
+
+@pytest.mark.parametrize("module", sorted(RANK))
+def test_imports_point_down(module: str) -> None:
+    for name in imported(modules()[module]):
+        assert RANK[name] > RANK[module], f"{module} imports {name}, which is not below it"
+
+
+def test_files_are_small() -> None:
+    repository = ROOT.parent
+    folders = ("sama_kernels", "python", "csrc", "bench", "tests")
+    files = [
+        p for f in folders for p in (repository / f).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+    ]
+    assert len(files) > 30
+    long = {str(p.relative_to(repository)): n for p in files if (n := len(p.read_text().splitlines())) > 350}
+    assert not long
+
+
+def test_experiments_use_the_public_interface_only() -> None:
+    for path in (ROOT.parent / "python").rglob("*.py"):
+        assert {n for n in imported(path) if n.startswith("sama_kernels")} <= {"sama_kernels"}, path

@@ -1,0 +1,176 @@
+"""The noisy-finetuning program from end to end, on a BERT of random weights that is made here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from sama_experiments import noisy_finetuning
+from sama_experiments.data import load_reviews
+from sama_experiments.encoder import PretrainedEncoder
+from sama_experiments.memory import LiveTensorBytes
+from sama_experiments.meta_learners import LabelCorrector, WeightNet
+from sama_experiments.options import parse
+from sama_experiments.training import shuffled_batches
+
+TINY = ["--limit", "200", "--clean", "20", "--steps", "6", "--clean-steps", "4", "--meta-start", "2", "--batch", "8"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "film", "is", "good", "bad", "movie"]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(words) + "\n")
+    BertTokenizer(str(vocabulary)).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **shape)).save_pretrained(folder)
+    return folder
+
+
+def run(model_folder, out, *more: str) -> dict:
+    status = noisy_finetuning.main(["--model", str(model_folder), "--out", str(out), *TINY, *more])
+    assert status == 0
+    return json.loads((out / "noisy_finetuning.json").read_text())
+
+
+def test_whole_program(model_folder, tmp_path, capsys):
+    result = run(model_folder, tmp_path, "--seeds", "0", "1")
+    table = {row["method"]: row for row in result["table"]}
+    assert list(table) == ["weak", "clean", "pooled", "sama-na-r", "sama-r", "sama-rc"]
+    assert table["weak"]["throughput"] == table["weak"]["memory"] == 1
+    assert table["sama-rc"]["throughput"] < 1 < table["sama-rc"]["memory"] < 3
+    assert {(r["method"], r["seed"]) for r in result["runs"]} == {(m, s) for m in table for s in (0, 1)}
+    assert all(0 <= r["accuracy"] <= 1 and r["degenerate_meta_steps"] == 0 for r in result["runs"])
+    assert result["options"]["settings"]["alpha"] > 0 and result["versions"]["torch"] == torch.__version__
+    assert (tmp_path / "noisy_finetuning.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "SAMA, reweighting" in printed and "weak labels" in printed
+
+
+def test_same_seed_same_result(model_folder, tmp_path):
+    one, two = (run(model_folder, tmp_path / name, "--methods", "sama-rc", "--seeds", "5")["runs"][0] for name in "ab")
+    assert one["accuracy"] == two["accuracy"] and one["learned"] == two["learned"]
+
+
+def test_all_layers_paper_preset_on_a_wrench_folder(model_folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, count in (("train", 40), ("valid", 12), ("test", 12)):
+        records = {
+            str(i): {
+                "data": {"text": "a good film" if i % 2 else "bad movie"},
+                "label": i % 2,
+                "weak_labels": [i % 2, -1],
+            }
+            for i in range(count)
+        }
+        (data / f"{name}.json").write_text(json.dumps(records))
+    (data / "label.json").write_text('{"0": "bad", "1": "good"}')
+    status = noisy_finetuning.main(
+        [
+            "--paper",
+            "--data",
+            str(data),
+            "--model",
+            str(model_folder),
+            "--out",
+            str(tmp_path),
+            "--steps",
+            "12",
+            "--max-tokens",
+            "8",
+        ]
+        + ["--seeds", "0", "--alpha", "0.01"]
+    )
+    assert status == 0
+    result = json.loads((tmp_path / "noisy_finetuning.json").read_text())
+    settings = result["options"]["settings"]
+    assert settings["base_lr"] == settings["meta_lr"] == 1e-5 and settings["unroll"] == 10 and settings["update_base"]
+    assert settings["alpha"] == 0.01 and settings["clean_batch_size"] == 0 and result["options"]["train_layers"] is None
+    assert [row["method"] for row in result["table"]] == ["weak", "sama-na-r", "sama-na-rc", "sama-r", "sama-rc"]
+
+
+def test_upper_layers_over_cached_lower_ones_are_the_same_model(model_folder):
+    texts = ["the film is good", "a bad bad movie is a bad film", "movie"]
+    outputs = []
+    for layers in (None, 1, 2, 3):
+        encoder = PretrainedEncoder(model_folder, layers, 12, torch.device("cpu"))
+        encoded = encoder.encode(texts)
+        torch.manual_seed(0)
+        classifier = encoder.classifier(2, "mean").eval()
+        outputs.append(classifier(encoded.batch(torch.tensor([2, 0, 1]))))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=5e-3, rtol=0)  # hidden states are kept in float16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "no model folder nowhere"),
+        (["--model", "."], "has no config.json"),
+        (["--data", "nowhere"], "no data folder nowhere"),
+        (["--clean", "1000", "--limit", "100"], "--clean 1000: the dev split has only"),
+        (["--train-layers", "9", "--limit", "100"], "--train-layers 9: the model has only 3 layers"),
+    ],
+)
+def test_errors_are_one_line(model_folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert noisy_finetuning.main(["--model", str(model_folder), "--out", "out", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_validation_scores_leave_the_clean_labels_out(model_folder):
+    from sama_experiments.experiment import Experiment
+
+    options = parse(TINY)
+    encoder = PretrainedEncoder(model_folder, 1, 12, torch.device("cpu"))
+
+    class Quiet:
+        def stage(self, title, total): ...
+        def advance(self, units=1): ...
+
+    experiment = Experiment(load_reviews(200), encoder, options.settings, "validation", Quiet())
+    task, other = experiment.task(0), experiment.task(1)
+    assert not set(task.clean_index.tolist()) & set(task.scored_index.tolist())
+    assert len(task.clean_index) == 20 and not torch.equal(task.clean_index, other.clean_index)
+
+
+def test_meta_learners_start_as_plain_finetuning():
+    weak = torch.eye(3)[[0, 1, 2, 2]]
+    features = torch.randn(4, 5)
+    assert torch.equal(WeightNet(5, 3, 8)(torch.rand(4), features, weak), torch.ones(4))
+    corrected = LabelCorrector(5, 3, 8)(features, weak, torch.tensor([True, True, True, False]))
+    torch.testing.assert_close(corrected.sum(dim=1), torch.ones(4))
+    assert torch.equal(corrected[:3].argmax(dim=1), torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(corrected[3], torch.full((3,), 1 / 3))
+
+
+def test_batches_are_full_and_cover_everything():
+    batches = shuffled_batches(torch.arange(10, 20), 3, torch.Generator().manual_seed(0))
+    seen = [next(batches) for _ in range(6)]
+    assert all(len(batch) == 3 for batch in seen)
+    assert len(set(torch.cat(seen[:3]).tolist())) == 9
+    assert len(next(shuffled_batches(torch.arange(4), 32, torch.Generator()))) == 4
+
+
+def test_live_bytes_fall_when_tensors_die():
+    with LiveTensorBytes() as counter:
+        first = torch.zeros(1000)
+        view = first[10:]
+        del first
+        assert counter.live == 4000
+        del view
+        second = torch.zeros(500)
+        assert counter.live == 2000 and counter.peak == 4000
+    del second
+
+
+def test_program_list():
+    listed = subprocess.run([sys.executable, "-m", "sama_experiments"], capture_output=True, text=True, check=True)
+    assert "noisy_finetuning" in listed.stdout
