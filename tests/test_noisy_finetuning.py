@@ -41,7 +41,7 @@ def run(model_folder, out, *more: str) -> dict:
 def test_whole_program(model_folder, tmp_path, capsys):
     result = run(model_folder, tmp_path, "--seeds", "0", "1")
     table = {row["method"]: row for row in result["table"]}
-    assert list(table) == ["weak", "clean", "pooled", "sama-na-r", "sama-r", "sama-rc"]
+    assert list(table) == ["weak", "clean", "pooled", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc"]
     assert table["weak"]["throughput"] == table["weak"]["memory"] == 1
     assert table["sama-rc"]["throughput"] < 1 < table["sama-rc"]["memory"] < 3
     assert {(r["method"], r["seed"]) for r in result["runs"]} == {(m, s) for m in table for s in (0, 1)}
@@ -71,27 +71,13 @@ def test_all_layers_paper_preset_on_a_wrench_folder(model_folder, tmp_path):
         }
         (data / f"{name}.json").write_text(json.dumps(records))
     (data / "label.json").write_text('{"0": "bad", "1": "good"}')
-    status = noisy_finetuning.main(
-        [
-            "--paper",
-            "--data",
-            str(data),
-            "--model",
-            str(model_folder),
-            "--out",
-            str(tmp_path),
-            "--steps",
-            "12",
-            "--max-tokens",
-            "8",
-        ]
-        + ["--seeds", "0", "--alpha", "0.01"]
-    )
+    arguments = ["--data", str(data), "--model", str(model_folder), "--out", str(tmp_path), "--steps", "12"]
+    status = noisy_finetuning.main(["--paper", *arguments, "--max-tokens", "8", "--seeds", "0", "--alpha", "0.01"])
     assert status == 0
     result = json.loads((tmp_path / "noisy_finetuning.json").read_text())
     settings = result["options"]["settings"]
     assert settings["base_lr"] == settings["meta_lr"] == 1e-5 and settings["unroll"] == 10 and settings["update_base"]
-    assert settings["alpha"] == 0.01 and settings["clean_batch_size"] == 0 and result["options"]["train_layers"] is None
+    assert settings["alpha"] == 0.01 and not settings["clean_in_base"] and result["options"]["train_layers"] is None
     assert [row["method"] for row in result["table"]] == ["weak", "sama-na-r", "sama-na-rc", "sama-r", "sama-rc"]
 
 
@@ -152,11 +138,20 @@ def test_meta_learners_start_as_plain_finetuning():
 
 
 def test_batches_are_full_and_cover_everything():
-    batches = shuffled_batches(torch.arange(10, 20), 3, torch.Generator().manual_seed(0))
+    lengths = torch.arange(20).flip(0)
+    batches = shuffled_batches(torch.arange(10, 20), lengths, 3, torch.Generator().manual_seed(0))
     seen = [next(batches) for _ in range(6)]
     assert all(len(batch) == 3 for batch in seen)
     assert len(set(torch.cat(seen[:3]).tolist())) == 9
-    assert len(next(shuffled_batches(torch.arange(4), 32, torch.Generator()))) == 4
+    assert len(next(shuffled_batches(torch.arange(4), lengths, 32, torch.Generator()))) == 4
+
+
+def test_texts_of_a_batch_have_about_one_length():
+    lengths = torch.arange(64)
+    batches = shuffled_batches(torch.arange(64), lengths, 8, torch.Generator().manual_seed(0))
+    for _ in range(8):
+        batch = lengths[next(batches)]
+        assert batch.max() - batch.min() == 7
 
 
 def test_live_bytes_fall_when_tensors_die():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import BF16, F32, F64, SEED, Adam, clones, identical, needs_cpu_kernels, randn
+from op_cases import BF16, F32, F64, SEED, Adam, clones, identical, needs_cpu_kernels, randn
 from torch import Tensor
 
 from sama_kernels import ops

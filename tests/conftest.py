@@ -1,0 +1,18 @@
+"""Settings of every test run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+# The tensors are tiny: more threads only wait for each other (the op tests take 9 s with one thread on a busy 2-core
+# machine, 133 s with two). Tests that are about threads set their own number.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
