@@ -29,16 +29,17 @@ def closures(name: str, value: object) -> tuple[Callable[[], Tensor], ...]:
     return found
 
 
-def tensors(name: str, value: Any) -> tuple[Tensor, ...]:
-    """The parameters of a module that require grad, or the tensors of an iterable, without repetition."""
+def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
+    """The parameters of a module that require grad, or the tensors of an iterable, without repetition.
+
+    With `skip_frozen`, tensors of an iterable that do not require grad are left out as well; otherwise they are errors.
+    """
     if isinstance(value, torch.nn.Module):
         found = [p for p in value.parameters() if p.requires_grad]
     elif isinstance(value, Tensor) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: expected an nn.Module or an iterable of tensors, got {type(value).__name__}")
     else:
         found = list(dict.fromkeys(value))
-    if not found:
-        raise ValueError(f"{name}: no tensor that requires grad in it")
     for i, t in enumerate(found):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: element {i} is a {type(t).__name__}, not a tensor")
@@ -48,8 +49,11 @@ def tensors(name: str, value: Any) -> tuple[Tensor, ...]:
             raise TypeError(f"{name}: tensor {i} has layout {t.layout}; only dense (strided) tensors can be used")
         if type(t).__name__ == "DTensor":
             raise TypeError(f"{name}: tensor {i} is a DTensor, and sharded parameters are not supported yet")
-        if not t.requires_grad:
+        if not (t.requires_grad or skip_frozen):
             raise ValueError(f"{name}: tensor {i} does not require grad; leave it out or call requires_grad_()")
+    found = [t for t in found if t.requires_grad]
+    if not found:
+        raise ValueError(f"{name}: no tensor that requires grad in it")
     return tuple(found)
 
 

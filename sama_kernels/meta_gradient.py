@@ -44,9 +44,9 @@ def meta_grad(
             A list of them (microbatches) has its losses and gradients summed. Inside it write `stop_gradient(x)` for
             `x.detach()`.
         meta_loss: L_meta, a function () -> scalar tensor that reads theta (and lambda, if it likes).
-        base_params: theta, an nn.Module (its parameters that require grad) or an iterable of leaf tensors; float32,
-            float64, bfloat16 or float16, any shapes.
-        meta_params: lambda, likewise; need not be leaves.
+        base_params: theta, an nn.Module or an iterable of leaf tensors; float32, float64, bfloat16 or float16, any
+            shapes. Those that do not require grad are left out.
+        meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad.
         optimizer: the torch optimizer that made the base step: exactly SGD, Adam or AdamW. May be None with
             adaptation="none".
         alpha: L2 length of the perturbation over all of theta, absolute as in the paper. What matters is its size
@@ -69,8 +69,8 @@ def meta_grad(
     checks.synchronisation(sync, group)
     checks.choice("adaptation", adaptation, checks.ADAPTATIONS)
     checks.choice("hold", hold, checks.HOLDS)
-    theta = checks.tensors("base_params", base_params)
-    lam = checks.tensors("meta_params", meta_params)
+    theta = checks.tensors("base_params", base_params, skip_frozen=True)
+    lam = checks.tensors("meta_params", meta_params, skip_frozen=False)
     checks.leaves("base_params", theta)
     checks.disjoint(theta, lam)
     device = checks.one_device(theta, lam)
@@ -106,7 +106,7 @@ def _called_like(_: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P
 @_called_like(meta_grad)
 def meta_backward(*args: Any, **kwargs: Any) -> MetaGradient:
     """Like `meta_grad`, with the same arguments, and accumulates into the `.grad` of lambda, like `backward`."""
-    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"))
+    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"), skip_frozen=False)
     result = meta_grad(*args, **kwargs)
     torch.autograd.backward(lam, result.grads)
     return result
@@ -119,7 +119,7 @@ def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
     It can be added to other terms in lambda, and lambda may itself be computed from other tensors (a hypernetwork).
     The passes run here, not in `backward()`.
     """
-    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"))
+    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"), skip_frozen=False)
     loss: Tensor = SamaFunction.apply(lambda: meta_grad(*args, **kwargs), *lam)  # type: ignore[no-untyped-call]
     return loss
 

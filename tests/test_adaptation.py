@@ -229,12 +229,15 @@ def test_scheduler_after_the_step_does_not_change_d(kind: str) -> None:
         assert torch.equal(before, after)
 
 
-def test_parameters_that_the_step_left_out_do_not_move() -> None:
-    used, unused = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    optimizer = torch.optim.Adam([used, unused], lr=0.1)
-    for _ in range(2):
+@pytest.mark.parametrize("optimizer_type", [torch.optim.Adam, torch.optim.SGD])
+def test_parameters_that_the_step_left_out_do_not_move(optimizer_type: Any) -> None:
+    """Never used (no state), or used before but not in the last step (an expert that got no token): u = 0, so D = 0."""
+    used, unused, idle = (torch.randn(3, requires_grad=True) for _ in range(3))
+    optimizer = optimizer_type([used, unused, idle], lr=0.1)
+    for step in range(3):
         used.grad = torch.randn(3)
+        idle.grad = torch.randn(3) if step < 2 else None
         optimizer.step()
-    v: list[Tensor | None] = [torch.randn(3), torch.randn(3)]
-    adaptation.apply(adaptation.plan(optimizer, [used, unused], "paper"), v, "cpu")
-    assert v[0] is not None and v[1] is None
+    v: list[Tensor | None] = [torch.randn(3), torch.randn(3), torch.randn(3)]
+    adaptation.apply(adaptation.plan(optimizer, [used, unused, idle], "paper"), v, "cpu")
+    assert [x is not None for x in v] == [True, False, False]

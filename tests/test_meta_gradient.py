@@ -198,3 +198,23 @@ def test_lambda_inside_the_base_network() -> None:
     g = torch.autograd.grad(base(), theta, create_graph=True)
     (exact,) = torch.autograd.grad(-sum((a * b).sum() for a, b in zip(g, v, strict=True)), [prompt])
     assert relative_error(out.grads[0], exact) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_meta_loss_that_reads_nothing_the_optimizer_moved(backend: str) -> None:
+    """v = 0: a zero meta gradient, not an error in the training loop."""
+    moved, unmoved = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    lam = torch.rand(3, requires_grad=True)
+    optimizer = torch.optim.Adam([moved, unmoved], lr=0.1)
+    for _ in range(2):
+        moved.grad = torch.randn(3)
+        optimizer.step()
+    out = sk.meta_grad(
+        lambda: (lam * moved * unmoved).sum(),
+        lambda: unmoved.square().sum(),
+        base_params=[moved, unmoved],
+        meta_params=[lam],
+        optimizer=optimizer,
+        backend=backend,
+    )
+    assert out.degenerate and torch.equal(out.grads[0], torch.zeros(3))

@@ -50,7 +50,8 @@ def plan(optimizer: Optimizer | None, params: Sequence[Tensor], adaptation: str)
     row_of = {id(p): row for row, p in enumerate(params)}
     calls: list[OpCall] = []
     for group, hyper in zip(optimizer.param_groups, step_record.hyperparameters(optimizer), strict=True):
-        held = [p for p in group["params"] if id(p) in row_of]
+        skipped = hyper.get(step_record.SKIPPED, ())
+        held = [p for p in group["params"] if id(p) in row_of and id(p) not in skipped]
         if held:
             calls += family(GroupStep(optimizer, [row_of[id(p)] for p in held], held, hyper, mode))
     if not calls:

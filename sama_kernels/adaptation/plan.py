@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ class OpCall:
 
 @dataclass(frozen=True)
 class GroupStep:
-    """The parameters of one group that take part, and the hyperparameters of the step they made."""
+    """The parameters of one group that took part in the last step, and the hyperparameters of that step."""
 
     optimizer: Optimizer
     rows: list[int]
@@ -58,7 +59,8 @@ def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[
 
     Returns: ||v||^2 of each call, 0-dim.
     """
-    norm_sqs = []
+    norm_sqs: list[Tensor] = []
+    device = next(x.device for x in v if x is not None)
     adapted: list[Tensor | None] = [None] * len(v)
     for call in plan:
         used = [k for k, row in enumerate(call.rows) if v[row] is not None]
@@ -69,4 +71,6 @@ def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[
         lists = [[entries[k] for k in used] if entries else [] for entries in call.lists]
         norm_sqs.append(call.op([v[call.rows[k]] for k in used], *lists, **call.options, backend=backend))
     v[:] = adapted
+    if not norm_sqs:  # the meta loss reads nothing that the optimizer moved
+        norm_sqs.append(torch.zeros((), dtype=torch.float64, device=device))
     return norm_sqs

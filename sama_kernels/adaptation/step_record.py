@@ -2,7 +2,7 @@
 
 A scheduler may change lr (OneCycleLR: also betas and momentum) between the step and the meta gradient, but D belongs
 to the step. A global step pre-hook of torch.optim, installed when sama_kernels is imported, copies the group's
-hyperparameters (about 1 us a step) for the optimizer types that have an adaptation.
+hyperparameters for the optimizer types that have an adaptation, and notes which parameters sat the step out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 _records: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 _types: set[type[Optimizer]] = set()
 
+SKIPPED = "sama_skipped"
+"""Key of the ids of the parameters that had no gradient at this step, so that it did not move them."""
 FIRST_STEP = "sama_first_step"
 """Key of the ids of the parameters whose momentum buffer this step creates (kept only where dampening is not 0)."""
 
@@ -30,7 +32,7 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """One dict per parameter group: those of the last step, or today's if no step was seen since the import."""
     recorded = _records.get(optimizer, [])
     groups = optimizer.param_groups
-    return recorded + [_snapshot(optimizer, group) for group in groups[len(recorded) :]]
+    return recorded + [_hyperparameters(group) for group in groups[len(recorded) :]]
 
 
 def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -38,10 +40,16 @@ def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _records[optimizer] = [_snapshot(optimizer, group) for group in optimizer.param_groups]
 
 
-def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     copy = {key: value for key, value in group.items() if key != "params"}
     if isinstance(copy["lr"], Tensor):  # schedulers fill it in place
         copy["lr"] = copy["lr"].detach().clone()
+    return copy
+
+
+def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    copy = _hyperparameters(group)
+    copy[SKIPPED] = {id(p) for p in group["params"] if p.grad is None}
     if copy.get("dampening"):
         state = optimizer.state
         copy[FIRST_STEP] = {id(p) for p in group["params"] if state.get(p, {}).get("momentum_buffer") is None}
