@@ -1,9 +1,9 @@
 """sama_kernels: SAMA meta gradients in three first-order passes, with the model-sized work between them fused."""
 
 from sama_kernels.function import SamaFunction
+from sama_kernels.held_values import recorded, stop_gradient
 from sama_kernels.info import info
 from sama_kernels.meta_gradient import meta_backward, meta_grad, sama_loss
-from sama_kernels.held_values import recorded, stop_gradient
 from sama_kernels.types import MetaGradient
 from sama_kernels.version import __version__
 

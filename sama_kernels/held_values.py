@@ -77,8 +77,8 @@ class Tape:
             raise RuntimeError("stop_gradient: its result was changed in place by base_loss; work on a copy (.clone())")
 
 
-class NeedsCentre(Exception):  # noqa: N818 - control flow between two of our own modules, not an error for users
-    """A perturbed pass asked for a value at theta and there is no tape."""
+class NeedsCentre(Exception):
+    """A perturbed pass asked for a value at theta and there is no tape; `passes` catches it, users never see it."""
 
 
 class _Session(threading.local):
