@@ -1,9 +1,8 @@
 """`python -m bench.meta_step`: time and memory of a whole meta step against a plain base step, on a BERT.
 
 Candidates, interleaved: the plain base step (no meta learner); a meta step with the compiled kernels, with the
-reference backend, and a straightforward SAMA in plain PyTorch (theta + eps v, - 2 eps v, + eps v in place; theta not
-frozen, as the official implementation does). Per unroll length, the time of `unroll` base steps and one meta step over
-that of `unroll` plain steps.
+reference backend, and SAMA written in plain PyTorch with `torch._foreach_*`, theta frozen in its passes or not.
+Per unroll length, the time of `unroll` base steps and one meta step over that of `unroll` plain steps.
 """
 
 from __future__ import annotations
@@ -87,29 +86,51 @@ class Workload:
             backend=backend,
         )
 
-    def naive_meta_step(self) -> None:
-        """SAMA as one would write it down: a clone of nothing, but theta moved in place three times and not frozen."""
+    def plain_pytorch_meta_step(self, freeze: bool) -> None:
+        """The same meta gradient as a careful user would write it, with `torch._foreach_*` between the passes.
+
+        With `freeze`, theta does not require grad in the perturbed passes, as here; without, as in the official
+        implementation. theta is moved in place and comes back with rounding drift; held values cost the same as a
+        plain detach, which is used.
+        """
         theta = [p for p in self.net.parameters() if p.grad is not None]
         lam = tuple(self.weigher.parameters())
         d = torch.autograd.grad(self.meta_loss(), theta)
-        v = []
-        for p, x in zip(theta, d, strict=True):
-            state = self.optimizer.state[p]
-            t = float(state["step"])
-            s = (state["exp_avg_sq"] / (1 - 0.999**t)).sqrt()
-            q = s + 1e-8
-            numerator = 0.1 * s * q - 0.001 / (1 - 0.999**t) * state["exp_avg"] * p.grad
-            v.append(1e-5 / (1 - 0.9**t) * torch.nan_to_num(numerator / (s * q * q)) * x)
-        epsilon = 1.0 / torch.cat([x.flatten() for x in v]).norm()
-        gradients = []
-        for factor in (1.0, -2.0):
-            with torch.no_grad():
-                torch._foreach_add_(theta, torch._foreach_mul(v, epsilon * factor))
-            gradients.append(torch.autograd.grad(self.base_loss(), lam))
         with torch.no_grad():
+            v = self.foreach_adapt(theta, list(d))
+            epsilon = 1.0 / torch.stack(torch._foreach_norm(v)).norm()
+            gradients = []
+            for factor in (1.0, -2.0):
+                torch._foreach_add_(theta, torch._foreach_mul(v, epsilon * factor))
+                for p in theta:
+                    p.requires_grad_(not freeze)
+                with torch.enable_grad():
+                    gradients.append(torch.autograd.grad(self.base_loss(), lam))
             torch._foreach_add_(theta, torch._foreach_mul(v, epsilon))
-        for plus, minus in zip(*gradients, strict=True):
-            plus.sub_(minus).div_(-2 * epsilon)
+            for p in theta:
+                p.requires_grad_(True)
+            for plus, minus in zip(*gradients, strict=True):
+                plus.sub_(minus).div_(-2 * epsilon)
+
+    def foreach_adapt(self, theta: list[Tensor], d: list[Tensor]) -> list[Tensor]:
+        """v = D d for Adam without decay, adaptation "paper", in the memory of d (see ops.adapt_norm_adam)."""
+        states = [self.optimizer.state[p] for p in theta]
+        (beta1, beta2), lr = self.optimizer.defaults["betas"], self.optimizer.defaults["lr"]
+        t = float(states[0]["step"])
+        w = [s["exp_avg_sq"] for s in states]
+        r = torch._foreach_mul([s["exp_avg"] for s in states], [p.grad for p in theta])
+        torch._foreach_div_(r, torch._foreach_add(w, 1e-38))
+        torch._foreach_mul_(r, beta2 - 1)
+        torch._foreach_add_(r, 1 - beta1)
+        s = torch._foreach_sqrt(w)
+        torch._foreach_div_(s, (1 - beta2**t) ** 0.5)
+        torch._foreach_mul_(r, s)
+        torch._foreach_add_(s, self.optimizer.defaults["eps"])
+        torch._foreach_div_(r, s)
+        torch._foreach_div_(r, s)
+        torch._foreach_mul_(d, r)
+        torch._foreach_mul_(d, lr / (1 - beta1**t))
+        return d
 
 
 def measure(workload: Workload, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -122,7 +143,8 @@ def measure(workload: Workload, rounds: int, device: torch.device) -> dict[str, 
         "weighted base step": workload.weighted_step,
         "meta step": lambda: workload.meta_step(backend),
         "meta step, reference backend": lambda: workload.meta_step("reference"),
-        "meta step, naive": workload.naive_meta_step,
+        "meta step, plain PyTorch": lambda: workload.plain_pytorch_meta_step(freeze=True),
+        "meta step, plain PyTorch, theta not frozen": lambda: workload.plain_pytorch_meta_step(freeze=False),
     }
     seconds = interleaved(candidates, rounds)
     plain, base = seconds["plain base step"], seconds["weighted base step"]

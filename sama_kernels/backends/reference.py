@@ -96,7 +96,7 @@ def adapt_norm_adam(
         adapted = (step_size * ((numerator * inv_q) * inv_q)) * d.to(dtype)
         if maximize:
             adapted = -adapted
-        total += adapted.double().square().sum()
+        total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()
         d.copy_(adapted)
     return total
 
@@ -112,7 +112,7 @@ def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: fl
         dtype = compute_dtype(d.dtype)
         factor = scale if scale_tensor is None else scale * scale_tensor.to(device=d.device, dtype=torch.float64)
         adapted = d.to(dtype) * torch.as_tensor(factor, dtype=torch.float64, device=d.device).to(dtype)
-        total += adapted.double().square().sum()
+        total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()
         d.copy_(adapted)
     return total
 
