@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from sama_experiments import noisy_finetuning
 from sama_experiments.data import load_reviews
 from sama_experiments.encoder import PretrainedEncoder
+from sama_experiments.evaluation import typical_step_seconds
 from sama_experiments.memory import LiveTensorBytes
 from sama_experiments.meta_learners import LabelCorrector, WeightNet
 from sama_experiments.options import parse
@@ -155,7 +156,11 @@ def test_texts_of_a_batch_have_about_one_length():
 
 
 def test_live_bytes_fall_when_tensors_die():
+    before = torch.zeros(100_000)
     with LiveTensorBytes() as counter:
+        part = before[5:]
+        assert counter.live == 0
+        del part
         first = torch.zeros(1000)
         view = first[10:]
         del first
@@ -169,3 +174,12 @@ def test_live_bytes_fall_when_tensors_die():
 def test_program_list():
     listed = subprocess.run([sys.executable, "-m", "sama_experiments"], capture_output=True, text=True, check=True)
     assert "noisy_finetuning" in listed.stdout
+
+
+def test_typical_step_time_ignores_a_pause_of_the_machine():
+    settings = parse(["--meta-start", "4", "--unroll", "2"]).settings
+    times = [9.0] * 4 + [1.0, 3.0] * 10
+    assert typical_step_seconds(times, settings) == 2.0
+    times[7] = times[10] = 50.0
+    assert typical_step_seconds(times, settings) == 2.0
+    assert typical_step_seconds([1.0, 2.0], settings) == 1.5

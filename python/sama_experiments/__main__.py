@@ -1,0 +1,16 @@
+"""``python -m sama_experiments``: the programs of this package, one a line."""
+
+PROGRAMS = {
+    "noisy_finetuning": "finetune a transformer on noisy labels with learned data weights and labels (section 4.1)",
+}
+
+
+def main() -> None:
+    """Print the name and the purpose of every program."""
+    print("Programs (python -m sama_experiments.NAME --help tells more):")
+    for name, purpose in PROGRAMS.items():
+        print(f"  {name:<20} {purpose}")
+
+
+if __name__ == "__main__":
+    main()

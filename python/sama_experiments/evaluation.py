@@ -1,0 +1,117 @@
+"""A whole run: the training loop with its clock, accuracy on the way and at the end, and the learned weights."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .encoder import EncodedTexts, TextClassifier
+from .methods import Method, Settings
+from .training import MetaLearners, Task, Trainer
+
+CURVE_TEXTS = 300  # texts that a point of the accuracy curve is measured on
+WEIGHT_SAMPLES = 1000  # weakly labelled texts whose learned weights are kept for the picture
+
+
+@dataclass(frozen=True)
+class SampleWeights:
+    """What the meta learners make of some texts with a weak label after a run; each [K], on the CPU."""
+
+    losses: Tensor
+    weights: Tensor
+    weak_label_right: Tensor
+    used_label_right: Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of one method and seed."""
+
+    method: str
+    seed: int
+    accuracy: float
+    curve: list[tuple[int, float]]
+    steps: int
+    seconds: float
+    samples_per_second: float
+    base_norm: float
+    degenerate_meta_steps: int
+    weights: SampleWeights | None
+
+
+@torch.no_grad()
+def accuracy(model: TextClassifier, texts: EncodedTexts, labels: Tensor, index: Tensor) -> float:
+    """Share of the texts ``index`` that the model, without dropout, puts into the right class."""
+    model.eval()
+    by_length = index[texts.lengths[index].argsort()]
+    right = 0
+    for rows in torch.split(by_length, 128):
+        right += int((model(texts.batch(rows)).argmax(dim=1) == labels[rows]).sum())
+    model.train()
+    return right / len(index)
+
+
+def run(task: Task, method: Method, settings: Settings, seed: int, on_step: Callable[[], None]) -> Run:
+    """Train one fresh classifier and score it; the clock runs during the training steps only."""
+    trainer = Trainer(task, method, settings, seed)
+    curve: list[tuple[int, float]] = []
+    curve_steps = {round(trainer.steps * i / settings.curve_points) for i in range(1, settings.curve_points)}
+    times: list[float] = []
+    for step in range(1, trainer.steps + 1):
+        started = _now(task)
+        trainer.step()
+        times.append(_now(task) - started)
+        on_step()
+        if step in curve_steps:
+            curve.append(
+                (step, accuracy(trainer.model, task.scored, task.scored_labels, task.scored_index[:CURVE_TEXTS]))
+            )
+    final = accuracy(trainer.model, task.scored, task.scored_labels, task.scored_index)
+    return Run(
+        method=method.key,
+        seed=seed,
+        accuracy=final,
+        curve=[*curve, (trainer.steps, final)],
+        steps=trainer.steps,
+        seconds=sum(times),
+        samples_per_second=settings.batch_size / typical_step_seconds(times, settings),
+        base_norm=math.sqrt(sum(float(p.detach().double().pow(2).sum()) for p in trainer.model.parameters())),
+        degenerate_meta_steps=sum(bool(flag) for flag in trainer.degenerate),
+        weights=_sample_weights(trainer, trainer.learners) if trainer.learners is not None else None,
+    )
+
+
+def typical_step_seconds(times: list[float], settings: Settings) -> float:
+    """Seconds per base step with its share of a meta step, from the time of every step.
+
+    The mean over the steps between two meta steps of the median time of each of them, once meta steps have begun: other
+    programs that use the machine for a while then hardly change it.
+    """
+    if len(times) < settings.meta_start + 2 * settings.unroll:
+        return statistics.mean(times)
+    steady = times[settings.meta_start :]
+    return statistics.mean(statistics.median(steady[phase :: settings.unroll]) for phase in range(settings.unroll))
+
+
+def _now(task: Task) -> float:
+    if task.clean_labels.device.type == "cuda":
+        torch.cuda.synchronize(task.clean_labels.device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def _sample_weights(trainer: Trainer, learners: MetaLearners) -> SampleWeights:
+    task, model = trainer.task, trainer.model.eval()
+    rows = task.evidence.covered.nonzero().squeeze(1)[:WEIGHT_SAMPLES]
+    truth = task.train_labels[rows]
+    logits = torch.cat([model(task.train.batch(part)) for part in torch.split(rows, 128)])
+    losses, weights, targets = learners(logits, rows)
+    weak_right = task.evidence.weak_targets[rows].argmax(dim=1) == truth
+    used_right = targets.argmax(dim=1) == truth
+    return SampleWeights(losses.cpu(), weights.cpu(), weak_right.cpu(), used_right.cpu())

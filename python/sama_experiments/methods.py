@@ -1,0 +1,75 @@
+"""The methods that are compared, and every setting of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        key: name on the command line.
+        title: name in the table.
+        weak: trains on weakly labelled texts.
+        clean: trains on the clean labels with an ordinary loss, alone or beside the weak texts.
+        adaptation: how the meta gradient treats the base optimizer; None is no meta learning.
+        corrects: has label correction beside the data weights.
+        learns: whether the meta learners are trained; if not, only the base update of the meta step is left.
+    """
+
+    key: str
+    title: str
+    weak: bool = True
+    clean: bool = False
+    adaptation: Literal["paper", "exact", "none"] | None = None
+    corrects: bool = False
+    learns: bool = True
+
+    @property
+    def meta(self) -> bool:
+        """Whether the method has meta learners."""
+        return self.adaptation is not None
+
+
+METHODS = {
+    method.key: method
+    for method in (
+        Method("weak", "finetune on weak labels"),
+        Method("clean", "finetune on the clean labels alone", weak=False, clean=True),
+        Method("pooled", "finetune on both, no meta learning", clean=True),
+        Method("sama-na-r", "SAMA-NA, reweighting (R)", adaptation="none"),
+        Method("sama-na-rc", "SAMA-NA, R & C", adaptation="none", corrects=True),
+        Method("sama-r", "SAMA, reweighting (R)", adaptation="paper"),
+        Method("sama-rc-fixed", "SAMA, R & C, nets never trained", adaptation="paper", corrects=True, learns=False),
+        Method("sama-rc", "SAMA, R & label correction (R & C)", adaptation="paper", corrects=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that all seeds of all methods share; the defaults are those of the command line."""
+
+    steps: int = 120
+    clean_steps: int = 60
+    batch_size: int = 32
+    clean_batch_size: int = 16
+    meta_batch_size: int = 32
+    base_lr: float = 2e-4
+    base_warmup: int = 20
+    weight_decay: float = 0.0
+    meta_lr: float = 1.5e-3
+    meta_start: int = 20
+    unroll: int = 2
+    alpha: float = 0.15
+    update_base: bool = True
+    clean_in_base: bool = False
+    clean_labels: int | None = 200
+    clean_weight: float = 1.0
+    abstentions: bool = False
+    meta_hidden: int = 64
+    pooling: str = "mean"
+    curve_points: int = 4

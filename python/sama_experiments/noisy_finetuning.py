@@ -1,0 +1,113 @@
+"""Noisy finetuning with learned data weights and labels, section 4.1 of the paper.
+
+``python -m sama_experiments.noisy_finetuning`` finetunes a transformer on weak labels (majority votes of labelling
+functions) in several ways and prints one table: plain finetuning, finetuning on a few clean labels alone, and SAMA's
+data reweighting and label correction guided by those clean labels.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from . import figure, report
+from .data import WeakDataset, load_reviews, load_wrench
+from .encoder import PretrainedEncoder, default_model_folder
+from .errors import ExperimentError
+from .experiment import Experiment
+from .methods import METHODS
+from .options import Options, parse
+
+
+class ProgressBars:
+    """One bar for the whole experiment and one for the work at hand."""
+
+    def __init__(self, bars: Progress, runs: int) -> None:
+        self._bars = bars
+        self._all: TaskID = bars.add_task("all runs", total=runs)
+        self._now: TaskID | None = None
+
+    def stage(self, title: str, total: int) -> None:
+        """A new piece of work begins."""
+        if self._now is not None:
+            self._bars.remove_task(self._now)
+        self._now = self._bars.add_task(title, total=total)
+
+    def advance(self, units: int = 1) -> None:
+        """So many units of the work at hand are done."""
+        if self._now is not None:
+            self._bars.advance(self._now, units)
+
+    def run_done(self) -> None:
+        """One run of the experiment is done."""
+        self._bars.advance(self._all)
+
+
+def load_data(options: Options) -> WeakDataset:
+    """The shipped movie reviews, or the WRENCH folder that ``--data`` names."""
+    if options.data is None:
+        return load_reviews(options.limit)
+    if options.limit is not None:
+        raise ExperimentError("--limit is for the movie reviews, not for --data")
+    return load_wrench(options.data)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError("--device cuda: PyTorch sees no GPU here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def run_experiment(options: Options, console: Console) -> None:
+    """Train every method on every seed; print the table, write the JSON and the PNG."""
+    started = time.perf_counter()
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExperimentError(f"--out {out}: {error.strerror}") from error
+    device = choose_device(options.device)
+    folder = default_model_folder() if options.model is None else Path(options.model)
+    encoder = PretrainedEncoder(folder, options.train_layers, options.max_tokens, device)
+    dataset = load_data(options)
+    methods = [METHODS[key] for key in options.methods]
+    columns = (TextColumn("{task.description:<55}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        progress = ProgressBars(bars, len(methods) * len(options.seeds))
+        experiment = Experiment(dataset, encoder, options.settings, options.score_on, progress)
+        runs = []
+        for seed in options.seeds:
+            for method in methods:
+                runs.append(experiment.run(method, seed, progress))
+                progress.run_done()
+                bars.print(f"{method.title}, seed {seed}: {100 * runs[-1].accuracy:.2f} % in {runs[-1].seconds:.0f} s")
+        memory = {method.key: experiment.memory(method, options.seeds[0]) for method in methods}
+        probe = [experiment.linear_probe(seed) for seed in options.seeds]
+    results = report.Results(dataset, options, runs, memory, probe)
+    report.print_table(console, results)
+    seconds = time.perf_counter() - started
+    table_file, picture = out / "noisy_finetuning.json", out / "noisy_finetuning.png"
+    report.write_json(table_file, results, seconds)
+    figure.draw(picture, runs, f"{dataset.name}: learning data weights with SAMA")
+    console.print(f"{seconds:.0f} s on {device}; wrote {table_file} and {picture}", soft_wrap=True, highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    options = parse(arguments)
+    try:
+        run_experiment(options, Console())
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

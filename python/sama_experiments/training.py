@@ -1,0 +1,170 @@
+"""Training with one method: base steps on weak and clean batches, and a meta step after every few of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sama_kernels as sk
+
+from .encoder import EncodedTexts, TextClassifier
+from .errors import ExperimentError
+from .meta_learners import ExampleEvidence, LabelCorrector, WeightNet
+from .methods import Method, Settings
+
+
+@dataclass(frozen=True)
+class Task:
+    """The encoded texts of one seed and what is known about them; all tensors are on the training device.
+
+    The ``*_index`` fields are the rows that count: of the dev texts those with a clean label, of the others those to
+    score.
+    """
+
+    train: EncodedTexts
+    train_labels: Tensor
+    evidence: ExampleEvidence
+    clean: EncodedTexts
+    clean_labels: Tensor
+    clean_index: Tensor
+    scored: EncodedTexts
+    scored_labels: Tensor
+    scored_index: Tensor
+    classes: int
+    new_classifier: Callable[[], TextClassifier]
+
+
+class MetaLearners(nn.Module):
+    """The weight net and, for R & C, the label corrector: together they make the loss on a weak batch."""
+
+    def __init__(self, evidence: ExampleEvidence, classes: int, settings: Settings, corrects: bool) -> None:
+        super().__init__()
+        features = evidence.features.shape[1]
+        self.evidence = evidence
+        self.weight_net = WeightNet(features, classes, settings.meta_hidden)
+        self.corrector = LabelCorrector(features, classes, settings.meta_hidden) if corrects else None
+
+    def forward(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [B, C] of the training texts ``index`` -> losses [B], weights [B], targets [B, C]."""
+        features, weak, covered = self.evidence.of(index)
+        targets = weak if self.corrector is None else self.corrector(features, weak, covered)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        # The weights are functions of the loss, but the base gradient does not flow through them.
+        return losses, self.weight_net(sk.stop_gradient(losses), features, weak), targets
+
+
+def shuffled_batches(index: Tensor, lengths: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Full batches of ``index`` (int64 [N]) without end, in a new order each time all have been seen.
+
+    Batches are made eight at a time, each of texts of about one length (``lengths``, int64, of all texts), so that
+    little of a batch is padding (the movie reviews have 26 tokens on average, a random batch is padded to about 40).
+    """
+    size = min(size, len(index))
+    while True:
+        order = index[torch.randperm(len(index), generator=generator).to(index.device)]
+        # What does not fill a batch is left out before sorting: else it would always be the longest texts.
+        for group in torch.split(order[: len(order) - len(order) % size], 8 * size):
+            batches = torch.split(group[lengths[group].argsort(stable=True)], size)
+            for place in torch.randperm(len(batches), generator=generator).tolist():
+                yield batches[place]
+
+
+class Trainer:
+    """A fresh classifier (and meta learners) and everything that one training step needs."""
+
+    def __init__(self, task: Task, method: Method, settings: Settings, seed: int) -> None:
+        torch.manual_seed(seed)
+        # One generator for each stream of batches: every method then sees the same weak batches in the same order.
+        draws = [torch.Generator().manual_seed(3 * seed + stream) for stream in range(3)]
+        self.task = task
+        self.method = method
+        self.settings = settings
+        self.steps = settings.steps if method.weak else settings.clean_steps
+        self.step_count = 0
+        self.degenerate: list[Tensor] = []
+        self.model = task.new_classifier().train()
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=settings.base_lr, weight_decay=settings.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.learners: MetaLearners | None = None
+        if method.meta:
+            self.learners = MetaLearners(task.evidence, task.classes, settings, method.corrects)
+            self.learners.to(task.clean_labels.device)
+            self.meta_optimizer = torch.optim.Adam(self.learners.parameters(), lr=settings.meta_lr)
+
+        weak_rows = torch.arange(len(task.train_labels), device=task.train_labels.device)
+        if not (settings.abstentions and method.corrects):
+            weak_rows = weak_rows[task.evidence.covered]
+        if len(weak_rows) == 0:
+            raise ExperimentError("no training text has a weak label")
+        clean_size = settings.clean_batch_size if method.weak else settings.batch_size
+        self.clean_in_base = method.clean or (method.meta and settings.clean_in_base)
+        self.weak_batches = shuffled_batches(weak_rows, task.train.lengths, settings.batch_size, draws[0])
+        self.clean_batches = shuffled_batches(task.clean_index, task.clean.lengths, clean_size, draws[1])
+        self.meta_batches = shuffled_batches(task.clean_index, task.clean.lengths, settings.meta_batch_size, draws[2])
+
+    def step(self) -> None:
+        """One base step and, where the schedule says so, one meta step."""
+        self.step_count += 1
+        method, settings = self.method, self.settings
+        self.optimizer.zero_grad()
+        if method.weak:
+            weak_loss = self._weak_loss(next(self.weak_batches))
+            torch.autograd.backward(weak_loss())
+        if self.clean_in_base:
+            weight = settings.clean_weight if method.weak else 1.0
+            torch.autograd.backward(weight * self._clean_loss(next(self.clean_batches)))
+        self.optimizer.step()
+        meta_due = self.step_count > settings.meta_start and self.step_count % settings.unroll == 0
+        if self.learners is not None and method.adaptation is not None and meta_due:
+            self._meta_step(self.learners, method.adaptation, weak_loss, next(self.meta_batches))
+        self.scheduler.step()
+
+    def _weak_loss(self, rows: Tensor) -> Callable[[], Tensor]:
+        """The loss on the weak labels of ``rows`` as a closure, for the base step and the perturbed passes alike."""
+
+        @sk.recorded  # keeps the held losses of the base step, which saves the meta step a forward pass
+        def weak_loss() -> Tensor:
+            logits = self.model(self.task.train.batch(rows))
+            if self.learners is None:
+                return F.cross_entropy(logits, self.task.evidence.weak_targets[rows])
+            losses, weights, _ = self.learners(logits, rows)
+            weighted: Tensor = (weights * losses).mean()
+            return weighted
+
+        return weak_loss
+
+    def _clean_loss(self, rows: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(self.task.clean.batch(rows)), self.task.clean_labels[rows])
+
+    def _meta_step(
+        self, learners: MetaLearners, adaptation: str, weak_loss: Callable[[], Tensor], rows: Tensor
+    ) -> None:
+        """Move the meta learners so that the base step just made would have lowered the loss on the clean ``rows``."""
+        self.meta_optimizer.zero_grad()
+        # The clean term of the base loss does not read the meta parameters: it is part of the base gradient, which is
+        # still in .grad, but the perturbed passes can leave it out.
+        out = sk.meta_backward(
+            weak_loss,
+            lambda: self._clean_loss(rows),
+            base_params=self.model,
+            meta_params=learners,
+            optimizer=self.optimizer,
+            alpha=self.settings.alpha,
+            adaptation=adaptation,
+            update_base=self.settings.update_base,
+        )
+        if self.method.learns:
+            self.meta_optimizer.step()
+        self.degenerate.append(out.degenerate)  # read after the run: asking now would wait for the device
+
+    def _rate(self, step: int) -> float:
+        """Share of the learning rate: linear warm-up, cosine to 0 at the last step."""
+        warmup = min(1.0, (step + 1) / max(self.settings.base_warmup, 1))
+        return warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
