@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 
 .PHONY: demo test check bench clean
 
-demo: $(READY)  ## learn data weights for noisy movie reviews, write results/noisy_finetuning/
+demo: $(READY)  ## learn data weights for noisy movie reviews, write noisy_finetuning_results/
 	$(BIN)/python -m sama_experiments.noisy_finetuning $(ARGS)
 
 test: check  ## everything CI runs; ends with pytest's closing line

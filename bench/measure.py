@@ -50,25 +50,6 @@ def paired_ratio(values: list[float], reference: list[float]) -> dict[str, float
     return spread([a / b for a, b in zip(values, reference, strict=True)])
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that `work` held at one time beyond what was there before, by torch's own allocator records."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def machine() -> dict[str, Any]:
     """Where a figure was measured, and with what."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sama_kernels as sk
-from bench.measure import interleaved, machine, paired_ratio, peak_bytes, spread
+from bench.measure import interleaved, machine, paired_ratio, spread
+from sama_experiments.memory import peak_bytes
 
 SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
@@ -161,10 +162,10 @@ def measure(workload: Workload, rounds: int, device: torch.device) -> dict[str, 
     live: dict[str, int] = {}
     for name, work in candidates.items():
         if "meta" in name:  # finds the gradients of the base step in place
-            live[name] = fixed + grads + peak_bytes(work, device)
+            live[name] = fixed + grads + peak_bytes(work, device)[0]
         else:  # makes them
             workload.optimizer.zero_grad()
-            live[name] = fixed + peak_bytes(work, device)
+            live[name] = fixed + peak_bytes(work, device)[0]
     results["live bytes at the peak"] = live
     results["live memory relative to plain"] = {n: v / live["plain base step"] for n, v in live.items()}
     return results

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,6 +15,7 @@ from problems import flat, relative_error, same_bits
 from torch import Tensor, nn
 
 import sama_kernels as sk
+from sama_experiments.memory import peak_bytes
 
 BACKENDS = ["cpu", "reference"]
 
@@ -324,13 +324,4 @@ def test_one_extra_buffer_of_the_size_of_theta() -> None:
         )
 
     meta_step()
-    assert size <= peak_allocated(meta_step) < 1.02 * size
-
-
-def peak_allocated(work: Callable[[], None]) -> int:
-    """The most bytes that were allocated at one time by torch's CPU allocator within `work`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = numpy.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return int(live.max())
+    assert size <= peak_bytes(meta_step, torch.device("cpu"))[0] < 1.02 * size

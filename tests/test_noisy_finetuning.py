@@ -12,7 +12,7 @@ from sama_experiments import noisy_finetuning
 from sama_experiments.data import load_reviews
 from sama_experiments.encoder import PretrainedEncoder
 from sama_experiments.evaluation import typical_step_seconds
-from sama_experiments.memory import LiveTensorBytes
+from sama_experiments.memory import peak_bytes
 from sama_experiments.meta_learners import LabelCorrector, WeightNet
 from sama_experiments.options import parse
 from sama_experiments.training import shuffled_batches
@@ -42,7 +42,7 @@ def run(model_folder, out, *more: str) -> dict:
 def test_whole_program(model_folder, tmp_path, capsys):
     result = run(model_folder, tmp_path, "--seeds", "0", "1")
     table = {row["method"]: row for row in result["table"]}
-    assert list(table) == ["weak", "clean", "pooled", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc"]
+    assert list(table) == ["weak", "clean", "pooled", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc"]
     assert table["weak"]["throughput"] == table["weak"]["memory"] == 1
     assert table["sama-rc"]["throughput"] < 1 < table["sama-rc"]["memory"] < 3
     assert {(r["method"], r["seed"]) for r in result["runs"]} == {(m, s) for m in table for s in (0, 1)}
@@ -102,6 +102,7 @@ def test_upper_layers_over_cached_lower_ones_are_the_same_model(model_folder):
         (["--model", "."], "has no config.json"),
         (["--data", "nowhere"], "no data folder nowhere"),
         (["--clean", "1000", "--limit", "100"], "--clean 1000: the dev split has only"),
+        (["--steps", "4", "--limit", "200", "--clean", "20"], "--steps 4: weak-clean needs more than --clean-steps"),
         (["--train-layers", "9", "--limit", "100"], "--train-layers 9: the model has only 3 layers"),
     ],
 )
@@ -155,20 +156,17 @@ def test_texts_of_a_batch_have_about_one_length():
         assert batch.max() - batch.min() == 7
 
 
-def test_live_bytes_fall_when_tensors_die():
-    before = torch.zeros(100_000)
-    with LiveTensorBytes() as counter:
-        part = before[5:]
-        assert counter.live == 0
-        del part
-        first = torch.zeros(1000)
+def test_peak_bytes_counts_what_is_alive_at_one_time():
+    def work() -> None:
+        first = torch.zeros(100_000)
         view = first[10:]
         del first
-        assert counter.live == 4000
-        del view
-        second = torch.zeros(500)
-        assert counter.live == 2000 and counter.peak == 4000
-    del second
+        second = torch.zeros(50_000)
+        del view, second
+        torch.zeros(120_000)
+
+    size, measure = peak_bytes(work, torch.device("cpu"))
+    assert size == 4 * 150_000 and "allocator" in measure
 
 
 def test_program_list():

@@ -1,59 +1,40 @@
-"""Peak memory of a few training steps, in a way that compares methods fairly on a CPU as well as on a GPU."""
+"""Peak memory of a piece of work, in a way that compares methods fairly on a CPU as well as on a GPU."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-CPU_MEASURE = "largest total size of the tensors alive at one time, counted at every PyTorch operation"
+CPU_MEASURE = "most bytes that torch's CPU allocator had given out at one time, from its profiler"
 CUDA_MEASURE = "torch.cuda.max_memory_allocated, less what was allocated before"
 
 
-class LiveTensorBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make within the block, and the most that are alive at one time.
-
-    The process's resident memory would not do: the allocator keeps freed pages, so it shows the largest run so far.
-    Work space inside a single operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count the storages of its results that are new."""
-        # A view of a tensor from before the block, such as the texts, is a result but not new memory.
-        tree_map_only(Tensor, lambda tensor: self._meet(tensor, counts=False), (args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, lambda tensor: self._meet(tensor, counts=True), result)
-        return result
-
-    def _meet(self, tensor: Tensor, counts: bool) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if counts else 0
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, key, size)  # runs when the storage dies, not when this wrapper does
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler writes a line to the process's stderr at each start and stop, whatever its log level."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(silent, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(silent)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, str]:
-    """Run ``work``; return the peak of the bytes it held beyond what was there before, and how that was measured."""
+    """Run ``work``; return the most bytes it held at one time beyond what was there before, and how that was measured.
+
+    The process's resident memory would not do: the allocator keeps freed pages, so it shows the largest run so far.
+    What ``work`` frees of earlier allocations is not subtracted on the CPU.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -61,6 +42,18 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, s
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, CUDA_MEASURE
-    with LiveTensorBytes() as counter:
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        profile.start()
+    try:
         work()
-    return counter.peak, CPU_MEASURE
+    finally:
+        with _quiet_stderr():
+            profile.stop()
+    records: Any = profile.profiler and profile.profiler.kineto_results
+    events = [e for e in records.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak, CPU_MEASURE

@@ -15,6 +15,7 @@ class Method:
         title: name in the table.
         weak: trains on weakly labelled texts.
         clean: trains on the clean labels with an ordinary loss, alone or beside the weak texts.
+        then_clean: the last `clean_steps` steps are finetuning on the clean labels alone, with a fresh optimizer.
         adaptation: how the meta gradient treats the base optimizer; None is no meta learning.
         corrects: has label correction beside the data weights.
         learns: whether the meta learners are trained; if not, only the base update of the meta step is left.
@@ -24,6 +25,7 @@ class Method:
     title: str
     weak: bool = True
     clean: bool = False
+    then_clean: bool = False
     adaptation: Literal["paper", "exact", "none"] | None = None
     corrects: bool = False
     learns: bool = True
@@ -39,7 +41,8 @@ METHODS = {
     for method in (
         Method("weak", "finetune on weak labels"),
         Method("clean", "finetune on the clean labels alone", weak=False, clean=True),
-        Method("pooled", "finetune on both, no meta learning", clean=True),
+        Method("pooled", "finetune on both at once, no meta learning", clean=True),
+        Method("weak-clean", "finetune on weak, then on clean labels", then_clean=True),
         Method("sama-na-r", "SAMA-NA, reweighting (R)", adaptation="none"),
         Method("sama-na-rc", "SAMA-NA, R & C", adaptation="none", corrects=True),
         Method("sama-r", "SAMA, reweighting (R)", adaptation="paper"),

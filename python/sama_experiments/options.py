@@ -8,7 +8,7 @@ from typing import Any
 
 from .methods import METHODS, Settings
 
-DEFAULT_METHODS = ["weak", "clean", "pooled", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc"]
+DEFAULT_METHODS = ["weak", "clean", "pooled", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc"]
 
 # Table 4 and appendix B.1.
 PAPER: dict[str, Any] = {
@@ -33,8 +33,8 @@ PAPER: dict[str, Any] = {
 }
 
 EPILOG = """\
-The defaults were chosen on validation labels of the movie reviews (--score-on validation), for SAMA R & C and for the
-clean labels alone; the other methods share them and were not tuned by themselves.
+The defaults were chosen on validation labels of the movie reviews (--score-on validation, seeds 0 to 5), for SAMA R & C
+and for the clean labels alone; the other methods share them and were not tuned by themselves.
 
 alpha is the L2 norm of the perturbation of all trained base parameters together. What matters is its size against the
 norm of those parameters, which the report prints: the paper's 1.0 is 0.24 % of BERT-base. About 0.1 to 0.3 % is a good
@@ -148,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what to train, the first being the reference for throughput and memory: {', '.join(METHODS)} "
         f"(default: {' '.join(DEFAULT_METHODS)})",
     )
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
+    # 0 to 5 were used while the settings were chosen.
+    add("--seeds", nargs="+", type=int, default=[6, 7, 8], metavar="SEED", help="(default: 6 7 8)")
     add(
         "--score-on",
         choices=("test", "validation"),

@@ -114,7 +114,7 @@ def _paired_differences(runs: list[Run]) -> list[str]:
     score = {(run.method, run.seed): 100 * run.accuracy for run in runs}
     learned = [run.method for run in runs if METHODS[run.method].meta]
     lines = []
-    for baseline in ("weak", "clean"):
+    for baseline in ("weak", "clean", "weak-clean"):
         seeds = [run.seed for run in runs if run.method == baseline]
         if learned and seeds:
             differences = [score[learned[-1], seed] - score[baseline, seed] for seed in seeds]

@@ -85,13 +85,13 @@ class Trainer:
         self.method = method
         self.settings = settings
         self.steps = settings.steps if method.weak else settings.clean_steps
+        self.weak_steps = (self.steps - settings.clean_steps if method.then_clean else self.steps) if method.weak else 0
+        if method.weak and self.weak_steps < 1:
+            raise ExperimentError(f"--steps {self.steps}: {method.key} needs more than --clean-steps of them")
         self.step_count = 0
         self.degenerate: list[Tensor] = []
         self.model = task.new_classifier().train()
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=settings.base_lr, weight_decay=settings.weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self._begin_stage(self.weak_steps or self.steps)
         self.learners: MetaLearners | None = None
         if method.meta:
             self.learners = MetaLearners(task.evidence, task.classes, settings, method.corrects)
@@ -103,7 +103,8 @@ class Trainer:
             weak_rows = weak_rows[task.evidence.covered]
         if len(weak_rows) == 0:
             raise ExperimentError("no training text has a weak label")
-        clean_size = settings.clean_batch_size if method.weak else settings.batch_size
+        beside_weak = method.weak and not method.then_clean
+        clean_size = settings.clean_batch_size if beside_weak else settings.batch_size
         self.clean_in_base = method.clean or (method.meta and settings.clean_in_base)
         self.weak_batches = shuffled_batches(weak_rows, task.train.lengths, settings.batch_size, draws[0])
         self.clean_batches = shuffled_batches(task.clean_index, task.clean.lengths, clean_size, draws[1])
@@ -111,20 +112,36 @@ class Trainer:
 
     def step(self) -> None:
         """One base step and, where the schedule says so, one meta step."""
-        self.step_count += 1
         method, settings = self.method, self.settings
+        if method.then_clean and self.step_count == self.weak_steps:
+            self._begin_stage(settings.clean_steps)
+        self.step_count += 1
+        on_weak = method.weak and (self.step_count <= self.weak_steps or not method.then_clean)
         self.optimizer.zero_grad()
-        if method.weak:
+        if on_weak:
             weak_loss = self._weak_loss(next(self.weak_batches))
             torch.autograd.backward(weak_loss())
-        if self.clean_in_base:
-            weight = settings.clean_weight if method.weak else 1.0
+        if self.clean_in_base or not on_weak:
+            weight = settings.clean_weight if on_weak else 1.0
             torch.autograd.backward(weight * self._clean_loss(next(self.clean_batches)))
         self.optimizer.step()
         meta_due = self.step_count > settings.meta_start and self.step_count % settings.unroll == 0
         if self.learners is not None and method.adaptation is not None and meta_due:
             self._meta_step(self.learners, method.adaptation, weak_loss, next(self.meta_batches))
         self.scheduler.step()
+
+    def _begin_stage(self, steps: int) -> None:
+        """A fresh optimizer, and the learning rate's way from warm-up to 0 over so many steps."""
+        settings = self.settings
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=settings.base_lr, weight_decay=settings.weight_decay
+        )
+
+        def rate(step: int) -> float:
+            warmup = min(1.0, (step + 1) / max(settings.base_warmup, 1))
+            return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
 
     def _weak_loss(self, rows: Tensor) -> Callable[[], Tensor]:
         """The loss on the weak labels of ``rows`` as a closure, for the base step and the perturbed passes alike."""
@@ -163,8 +180,3 @@ class Trainer:
         if self.method.learns:
             self.meta_optimizer.step()
         self.degenerate.append(out.degenerate)  # read after the run: asking now would wait for the device
-
-    def _rate(self, step: int) -> float:
-        """Share of the learning rate: linear warm-up, cosine to 0 at the last step."""
-        warmup = min(1.0, (step + 1) / max(self.settings.base_warmup, 1))
-        return warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
