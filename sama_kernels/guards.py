@@ -106,7 +106,13 @@ class BufferGuard:
             for module in root.modules():
                 self._save(module)
         # Also modules that the closures reach in another way: base_params may be a bare list of tensors.
-        self._handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: self._save(module))
+        thread = threading.get_ident()
+
+        def before_forward(module: nn.Module, _: object) -> None:
+            if threading.get_ident() == thread:  # the hook is global, but other threads' modules are not ours
+                self._save(module)
+
+        self._handle = nn.modules.module.register_module_forward_pre_hook(before_forward)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -42,7 +42,8 @@ def meta_grad(
     Arguments:
         base_loss: L_base, a function () -> scalar tensor that reads theta and lambda; called twice at perturbed theta.
             A list of them (microbatches) has its losses and gradients summed. Inside it write `stop_gradient(x)` for
-            `x.detach()`.
+            `x.detach()`. Terms that do not read lambda may be left out, which saves their forward passes: what they
+            did to theta is in `.grad` and in the optimizer's state.
         meta_loss: L_meta, a function () -> scalar tensor that reads theta (and lambda, if it likes).
         base_params: theta, an nn.Module or an iterable of leaf tensors; float32, float64, bfloat16 or float16, any
             shapes. Those that do not require grad are left out.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -231,6 +232,20 @@ def test_buffers_of_modules_that_are_not_arguments() -> None:
         optimizer=setting.optimizer,
     )
     assert all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True)) and not out.degenerate
+
+
+def test_modules_of_other_threads_are_left_alone() -> None:
+    setting = Setting()
+    other = nn.BatchNorm1d(5)
+
+    def base() -> Tensor:
+        thread = threading.Thread(target=lambda: other(setting.x))
+        thread.start()
+        thread.join()
+        return setting.base_loss()
+
+    setting.meta_grad(base_loss=base)
+    assert other.num_batches_tracked >= 2
 
 
 def test_a_buffer_that_is_replaced_comes_back_as_the_same_tensor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ CUDA_MEASURE = "torch.cuda.max_memory_allocated, less what was allocated before"
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler writes a line to the process's stderr at each start and stop, whatever its log level."""
+    """The profiler writes lines about itself to the process's stderr, whatever its log level."""
     sys.stderr.flush()
     saved = os.dup(2)
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -42,14 +43,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, s
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, CUDA_MEASURE
+    gc.collect()  # else what an earlier call left in reference cycles is freed, and subtracted, in this one
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with _quiet_stderr():
-        profile.start()
-    try:
+    with _quiet_stderr(), profile:
         work()
-    finally:
-        with _quiet_stderr():
-            profile.stop()
     records: Any = profile.profiler and profile.profiler.kineto_results
     events = [e for e in records.events() if e.name() == "[memory]"]
     live = peak = 0

@@ -48,6 +48,7 @@ METHODS = {
         Method("sama-r", "SAMA, reweighting (R)", adaptation="paper"),
         Method("sama-rc-fixed", "SAMA, R & C, nets never trained", adaptation="paper", corrects=True, learns=False),
         Method("sama-rc", "SAMA, R & label correction (R & C)", adaptation="paper", corrects=True),
+        Method("sama-rc-clean", "SAMA, R & C, then clean labels", adaptation="paper", corrects=True, then_clean=True),
     )
 }
 

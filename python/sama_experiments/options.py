@@ -8,7 +8,7 @@ from typing import Any
 
 from .methods import METHODS, Settings
 
-DEFAULT_METHODS = ["weak", "clean", "pooled", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc"]
+DEFAULT_METHODS = ["weak", "clean", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc", "sama-rc-clean"]
 
 # Table 4 and appendix B.1.
 PAPER: dict[str, Any] = {

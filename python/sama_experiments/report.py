@@ -110,16 +110,16 @@ def print_table(console: Console, results: Results) -> None:
 
 
 def _paired_differences(runs: list[Run]) -> list[str]:
-    """Accuracy of the last meta-learning method minus each simple baseline's; a seed's clean labels are the same."""
+    """Accuracy of label correction with SAMA minus each baseline's; a seed's clean labels are the same for all."""
     score = {(run.method, run.seed): 100 * run.accuracy for run in runs}
-    learned = [run.method for run in runs if METHODS[run.method].meta]
+    seeds = sorted({run.seed for run in runs})
     lines = []
-    for baseline in ("weak", "clean", "weak-clean"):
-        seeds = [run.seed for run in runs if run.method == baseline]
-        if learned and seeds:
-            differences = [score[learned[-1], seed] - score[baseline, seed] for seed in seeds]
-            listed = ", ".join(f"{difference:+.2f}" for difference in differences)
-            lines.append(f"{METHODS[learned[-1]].title} minus '{METHODS[baseline].title}', seed by seed: {listed}")
+    for learned in ("sama-rc", "sama-rc-clean"):
+        for baseline in ("weak", "clean", "weak-clean"):
+            if {(learned, seeds[0]), (baseline, seeds[0])} <= score.keys():
+                differences = [score[learned, seed] - score[baseline, seed] for seed in seeds]
+                listed = ", ".join(f"{difference:+.2f}" for difference in differences)
+                lines.append(f"'{METHODS[learned].title}' minus '{METHODS[baseline].title}', seed by seed: {listed}")
     return lines
 
 
