@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sama_kernels
+from bench.measure import machine
 from sama_kernels import backends, ops
 from sama_kernels.backends import reference
 
@@ -182,24 +179,6 @@ def measure(contenders: dict[str, Contender], rounds: int, flush: Tensor) -> dic
             if round_number >= 0:
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    model = (
-        [x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")][:1]
-        if (info.exists())
-        else []
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, capture_output=True, check=False
-    )
-    return {
-        "cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
-        "isa": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(),
-        "torch": torch.__version__, "sama_kernels": sama_kernels.__version__,
-        "commit": commit.stdout.strip() or None,
-    }  # fmt: skip
 
 
 def main() -> None:

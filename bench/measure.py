@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from sama_experiments import report
 
 
 def interleaved(work: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -51,24 +51,14 @@ def paired_ratio(values: list[float], reference: list[float]) -> dict[str, float
 
 
 def machine() -> dict[str, Any]:
-    """Where a figure was measured, and with what."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    """Where a figure was measured, and with what: the program's own facts, and those that only benchmarks need."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "allocator": {k: os.environ[k] for k in ("LD_PRELOAD", "GLIBC_TUNABLES") if k in os.environ},
+        **report.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg()[0],
+        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
+        "versions": report.versions(),
         "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
