@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="folder for meta_step_<model>.json")
+    parser.add_argument("--out", type=Path, help="folder for meta_step_<model>_<batch>x<tokens>_<device>.json")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workload = Workload(options.model, options.batch, options.tokens, device)
@@ -189,7 +189,7 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"meta_step_{name}_{device.type}.json").write_text(text + "\n")
+        (options.out / f"meta_step_{name}_{options.batch}x{options.tokens}_{device.type}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
