@@ -177,6 +177,25 @@ def test_every_layout_of_the_state_gives_the_same(optimizer_type: Any, options: 
     assert relative_error(results[1], results[0]) < 1e-12
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
+def test_layouts_on_a_gpu(options: dict[str, Any]) -> None:
+    """Step counters on the host, on the device, and made by a capturable optimizer: the same v as on the CPU."""
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(3)
+        params = [torch.randn(s, device="cpu").to(device).requires_grad_() for s in SHAPES]
+        optimizer = torch.optim.Adam(params, lr=0.01, weight_decay=0.1, **(options if device == "cuda" else {}))
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, device="cpu").to(device)
+            optimizer.step()
+        d = [torch.randn(p.shape, device="cpu").to(device) for p in params]
+        v, norm = adapted(optimizer, params, d, "paper", "reference")
+        results.append(torch.cat([*(x.flatten() for x in v), norm.reshape(1)]).cpu())
+    assert relative_error(results[1], results[0]) < 1e-6
+
+
 def test_tensor_lr_of_sgd() -> None:
     p = torch.randn(5, requires_grad=True)
     optimizer = torch.optim.SGD([p], lr=torch.tensor(0.25), momentum=0.9)
