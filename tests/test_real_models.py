@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Bilevel, direct_gradient, flat, mixed_derivative, relative_error, same_bits
+from problems import Bilevel, direct_gradient, flat, meta_grad, mixed_derivative, relative_error, same_bits
 from torch import Tensor, nn
 
 import sama_kernels as sk
@@ -46,14 +46,7 @@ def classifier(dropout: float, dtype: torch.dtype = torch.float64) -> Bilevel:
 
 
 def run(problem: Bilevel, optimizer: Any, **options: Any) -> sk.MetaGradient:
-    return sk.meta_grad(
-        problem.base_loss,
-        problem.meta_loss,
-        base_params=problem.net,
-        meta_params=problem.weigher,
-        optimizer=optimizer,
-        **{"alpha": 0.01, **options},
-    )
+    return meta_grad(problem, optimizer, **{"alpha": 0.01, **options})
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -87,8 +80,8 @@ def mean_cosine(rows: Tensor) -> float:
 
 
 def test_one_dropout_mask_for_both_passes_makes_the_meta_gradient_reproducible() -> None:
-    """Over six mask draws the meta gradients agree; with a mask of their own for each pass they are noise (measured on
-    a small BERT: pairwise cosine 0.95 with replay, -0.18 without)."""
+    """Over six mask draws the meta gradients agree; with a mask of their own for each pass much less (pairwise
+    cosine here 0.82 with replay, 0.33 without)."""
     problem = classifier(0.1, torch.float32)
     optimizer = torch.optim.Adam(problem.theta, lr=1e-3)
     for _ in range(5):
@@ -104,7 +97,6 @@ def test_one_dropout_mask_for_both_passes_makes_the_meta_gradient_reproducible()
     seeds: list[int] = []
     problem.base_loss = own_mask
     independent = mean_cosine(meta_gradients_over_masks(problem, optimizer))
-    print(replayed, independent)
     assert replayed > 0.8
     assert independent < replayed - 0.4
 

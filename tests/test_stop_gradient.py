@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Bilevel, direct_gradient, flat, mixed_derivative, relative_error, weight_net
+from problems import Bilevel, direct_gradient, flat, meta_grad, mixed_derivative, relative_error, weight_net
 from torch import Tensor, nn
 
 import sama_kernels as sk
@@ -15,27 +15,20 @@ import sama_kernels as sk
 
 def grads(problem: Bilevel, **options: Any) -> Tensor:
     """SAMA-NA at a small alpha: v = d, so the exact answer is the mixed derivative along d."""
-    out = sk.meta_grad(
-        problem.base_loss,
-        problem.meta_loss,
-        base_params=problem.net,
-        meta_params=problem.weigher,
-        optimizer=None,
-        **{"adaptation": "none", "alpha": 1e-4, **options},
-    )
+    out = meta_grad(problem, None, **{"adaptation": "none", "alpha": 1e-4, **options})
     return flat(out.grads)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plain_detach_is_far_off_and_stop_gradient_is_not(seed: int) -> None:
-    """59-75 % relative error was measured on problems like these; so that nobody undoes stop_gradient."""
+    """0.54, 0.98, 0.31 for a plain detach, below 1e-8 held: so that nobody undoes stop_gradient."""
     held, plain = weight_net(seed), weight_net(seed, hold="detach")
     held.base_loss()
     exact = mixed_derivative(held, direct_gradient(held))
-    assert relative_error(grads(held), exact) < 1e-6
+    assert relative_error(grads(held), exact) < 1e-7
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert relative_error(grads(plain), exact) > 0.2
+        assert relative_error(grads(plain), exact) > 0.3
 
 
 def test_ordinary_calls_detach() -> None:
@@ -92,13 +85,11 @@ def test_auto_holds_the_values_of_the_last_ordinary_call() -> None:
     problem = weight_net(1)
     optimizer = torch.optim.SGD(problem.theta, lr=0.5)
     problem.base_loss()
-    held_before = weight_net(1)
     problem.step(optimizer)
     auto, centre = grads(problem), grads(problem, hold="center")
     problem.base_loss()
     assert relative_error(grads(problem), centre) < 1e-6
     assert relative_error(auto, centre) > 1e-3
-    del held_before
 
 
 def test_held_values_and_dropout_masks_come_from_the_same_call() -> None:
