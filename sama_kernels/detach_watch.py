@@ -77,7 +77,8 @@ class DetachWatch(TorchFunctionMode):
         warnings.warn(
             f"sama_kernels: base_loss ({name}) uses a value that depends on the base parameters but was detached with"
             " .detach(), .data or no_grad. The perturbed passes see it move, which the base gradient does not"
-            " (measured on small problems: 30-98 % relative error of the meta gradient). Write sama_kernels.stop_gradient(x) instead.",
+            " (measured on small problems: 30-98 % relative error of the meta gradient)."
+            " Write sama_kernels.stop_gradient(x) instead.",
             UserWarning,
             stacklevel=2,
         )

@@ -20,7 +20,7 @@ RIGHT, WRONG = "tab:blue", "tab:red"
 
 def draw(path: Path, runs: list[Run], title: str) -> None:
     """Write a PNG: weight against loss, weights of rightly and wrongly labelled samples, accuracy over steps."""
-    figure, (scatter, histogram, curves) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+    figure, (scatter, histogram, curves) = plt.subplots(1, 3, figsize=(18.5, 4.6), layout="constrained")
     shown = _last_meta_run(runs)
     if shown is not None and shown.weights is not None:
         where = f"{METHODS[shown.method].title}, seed {shown.seed}"
@@ -71,4 +71,4 @@ def _accuracy_over_steps(axes: Axes, runs: list[Run]) -> None:
         ylabel="accuracy (%)",
         title=f"accuracy over steps, on {CURVE_TEXTS} texts until the last\n(mean over seeds)",
     )
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines, not over them
