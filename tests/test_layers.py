@@ -25,8 +25,10 @@ LAYERS = [
     ["sama_kernels.held_values"],
     ["sama_kernels.ops"],
     [f"sama_kernels.ops.{op}" for op in ("adapt_norm", "step_size", "perturb", "restore", "central_difference")],
-    ["sama_kernels.ops._library", "sama_kernels.backends"],
-    ["sama_kernels.backends.reference", "sama_kernels.backends.cpu"],
+    ["sama_kernels.ops._library"],
+    ["sama_kernels.backends"],
+    [f"sama_kernels.backends.{name}" for name in ("reference", "cpu", "cuda", "triton")],
+    ["sama_kernels.backends.rounding", "sama_kernels.backends.extension"],
     [
         "sama_kernels.checks",
         "sama_kernels.guards",

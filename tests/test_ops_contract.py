@@ -190,10 +190,10 @@ def test_reference_perturb_is_all_or_nothing(failing: int, monkeypatch: pytest.M
     before, move = clones(params), reference._move_to_plus
     calls = iter(range(3))
 
-    def interrupted(p: Tensor, x: Tensor, epsilon: Tensor) -> None:
+    def interrupted(p: Tensor, x: Tensor, epsilon: Tensor, *rest: Any) -> None:
         if next(calls) == failing:
             raise KeyboardInterrupt
-        move(p, x, epsilon)
+        move(p, x, epsilon, *rest)
 
     monkeypatch.setattr(reference, "_move_to_plus", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -224,7 +224,7 @@ def op_inputs() -> dict[str, tuple[Any, ...]]:
         "adapt_norm_adam": adam,
         "adapt_norm_scale": (randn(SHAPES), None, 0.5),
         "step_size": ([scalar(2.0), scalar(3.0)], 1.0, 1e-12),
-        "perturb": (randn(SHAPES), randn(SHAPES), scalar(0.1), ops.PLUS),
+        "perturb": (randn(SHAPES), randn(SHAPES), scalar(0.1), ops.PLUS, ops.NEAREST, 3, True),
         "restore": (randn(SHAPES), randn(SHAPES)),
         "central_difference": (randn(SHAPES), randn(SHAPES), randn(SHAPES), scalar(0.1), scalar(1.0)),
     }

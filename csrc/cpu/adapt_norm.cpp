@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../common/formulas.h"
 #include "chunks.h"
 #include "reduce.h"
 #include "tiles.h"
@@ -10,43 +11,15 @@
 namespace sama {
 namespace {
 
-constexpr int64_t kPaper = 0, kExact = 1;
-
-// The scalars of one tensor in the compute type; bias corrections come from its own step counter.
-template <class T>
-struct AdamScalars {
-  T rate; // lr / (1 - beta1^t)
-  T inv_sqrt_c2; // 1 / sqrt(1 - beta2^t)
-  T one_minus_beta1, one_minus_beta2;
-  T eps, weight_decay;
-  T tail; // (1 - beta1) eps
-  T noise; // |r| up to this is rounding of the stored moments
-  T sign; // -1 under maximize
-};
-
-// Same operations in the same order as backends/reference.py. `exact`, `amsgrad` and `decay` are template arguments
-// because each is a different loop body: a run-time branch would keep the compiler from vectorising.
 template <class T, bool exact, bool amsgrad, bool decay>
 SAMA_CLONES void adam_loop(
     const AdamScalars<T>& k, int64_t n, const T* d, const T* g, const T* m, const T* w, const T* w_max, const T* p,
     T* out) {
-  const T zero = 0, one = 1;
   const AdamScalars<T> c = k; // in registers: `out` could alias `k` for all the compiler knows
   SAMA_IVDEP
-  for (int64_t i = 0; i < n; ++i) {
-    const T second = amsgrad ? w_max[i] : w[i];
-    const T s = std::sqrt(second) * c.inv_sqrt_c2;
-    const T q = s + c.eps;
-    T gradient = c.sign * g[i];
-    if (decay) gradient = gradient + c.weight_decay * (p[i] + c.rate * (m[i] / q));
-    T r = c.one_minus_beta2 * ((m[i] * gradient) / second);
-    if (amsgrad) r = w[i] == second ? r : zero;
-    r = c.one_minus_beta1 - r;
-    r = (std::abs(r) <= c.noise) | (second == zero) ? zero : r;
-    const T numerator = exact ? r * s + c.tail : r * s;
-    const T inv_q = q == zero ? zero : one / q;
-    out[i] = c.sign * ((c.rate * ((numerator * inv_q) * inv_q)) * d[i]);
-  }
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = adam_element<T, exact, amsgrad, decay>(
+        c, d[i], g[i], m[i], w[i], amsgrad ? w_max[i] : T(0), decay ? p[i] : T(0));
 }
 
 template <class T>

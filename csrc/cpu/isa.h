@@ -3,6 +3,8 @@
 
 #include <cstdlib> // defines __GLIBC__ where it applies
 
+#include "../common/inline.h"
+
 // The loader resolves each clone once (an ifunc). The choice never changes a result: every clone does the same IEEE
 // operations in the same order, and -ffp-contract=off keeps the compiler from fusing a multiply and an add on those
 // instruction sets that could. SAMA_NO_CLONES builds for the compiler's own -march only (other libcs, tests).
@@ -21,6 +23,3 @@
 #else
 #define SAMA_IVDEP
 #endif
-
-// Helpers must be inlined into the clones, or they would stay baseline code.
-#define SAMA_INLINE inline __attribute__((always_inline))

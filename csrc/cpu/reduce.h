@@ -1,4 +1,4 @@
-// ||v||^2 with the same bits in every run, on every instruction set and for any number of threads.
+// Sums with the same bits in every run, on every instruction set and for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,14 @@ struct Lanes {
   }
 };
 
-// lanes += the squares of values; element i goes to lane i mod 32.
-void add_squares(const float* values, int64_t n, Lanes& lanes);
-void add_squares(const double* values, int64_t n, Lanes& lanes);
+// lanes += a * b; element i goes to lane i mod 32.
+void add_products(const float* a, const float* b, int64_t n, Lanes& lanes);
+void add_products(const double* a, const double* b, int64_t n, Lanes& lanes);
+
+template <class T>
+void add_squares(const T* values, int64_t n, Lanes& lanes) {
+  add_products(values, values, n, lanes);
+}
 
 // One slot per chunk, summed in the order of the chunks.
 inline double total(const std::vector<Lanes>& slots) {

@@ -8,7 +8,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "dtypes.h"
+#include "../common/dtypes.h"
 
 namespace sama {
 

@@ -12,10 +12,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sama_kernels.backends.rounding import random_like, round_stochastically
+
 PAPER, EXACT = 0, 1
 """Modes of `adapt_norm_adam`: the epsilon-free numerator of the paper, or the derivative to the letter."""
 PLUS, MINUS = 0, 1
 """Sides of `perturb`."""
+NEAREST, STOCHASTIC = 0, 1
+"""Roundings of `perturb`."""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -128,25 +132,34 @@ def step_size(norm_sqs: Sequence[Tensor], alpha: float, tiny: float) -> tuple[Te
     return norm, epsilon, degenerate
 
 
-def perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int) -> None:
+def perturb(
+    params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int, rounding: int, seed: int, measure: bool
+) -> Tensor:
     """See `sama_kernels.ops.perturb`."""
     if side not in (PLUS, MINUS):
         raise RuntimeError(f"sama::perturb: side must be 0 (plus) or 1 (minus), not {side}")
+    if rounding not in (NEAREST, STOCHASTIC):
+        raise RuntimeError(f"sama::perturb: rounding must be 0 (nearest) or 1 (stochastic), not {rounding}")
     _check("perturb", {"params": params, "v": v}, written=("params", "v"), same_dtype=True)
     if side == PLUS:
         _check_scalars("perturb", {"epsilon": epsilon}, float64_from="step_size")
+    sums = torch.full((2,), torch.nan, dtype=torch.float64, device=epsilon.device)
     if side == MINUS:  # never leaves a tensor that `restore` could not put back, wherever it stops
         for p, x in zip(params, v, strict=True):
             _move_to_minus(p.detach(), bits(x))
-        return
+        return sums
+    if measure:
+        sums.zero_()
     done = 0
     try:
-        for p, x in zip(params, v, strict=True):
-            _move_to_plus(p.detach(), x, epsilon)
+        for i, (p, x) in enumerate(zip(params, v, strict=True)):
+            random = random_like(p, x, seed, i) if rounding == STOCHASTIC and p.element_size() == 2 else None
+            _move_to_plus(p.detach(), x, epsilon, random, sums if measure else None)
             done += 1
     except BaseException:
         restore(params[:done], v[:done])
         raise
+    return sums
 
 
 def restore(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
@@ -217,10 +230,16 @@ def _zero(op: str, v: Sequence[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=v[0].device)
 
 
-def _move_to_plus(p: Tensor, v: Tensor, epsilon: Tensor) -> None:
+def _move_to_plus(p: Tensor, v: Tensor, epsilon: Tensor, random: Tensor | None, sums: Tensor | None) -> None:
     dtype = compute_dtype(p.dtype)
-    moved = (p.to(dtype) + epsilon.to(dtype) * v.to(dtype)).to(p.dtype)
+    step = epsilon.to(dtype) * v.to(dtype)
+    moved = p.to(dtype) + step
+    moved = moved.to(p.dtype) if random is None else round_stochastically(moved, p.dtype, random)
     moved = torch.where(epsilon == 0, p, moved)
+    if sums is not None:
+        realised = moved.double() - p.double()
+        products = torch.stack([(realised * step.double()).sum(), realised.square().sum()])
+        sums += torch.where(epsilon == 0, 0.0, products)
     difference = bits(p) ^ bits(moved)
     bits(v).copy_(difference)  # from here on nothing is allocated, so nothing can fail
     p.copy_(moved)

@@ -1,6 +1,6 @@
 """The element-wise ops of a meta step, one file each; every one takes the tensors of the whole model in one call."""
 
-from sama_kernels.backends.reference import EXACT, MINUS, PAPER, PLUS
+from sama_kernels.backends.reference import EXACT, MINUS, NEAREST, PAPER, PLUS, STOCHASTIC
 from sama_kernels.ops.adapt_norm import adapt_norm_adam, adapt_norm_scale
 from sama_kernels.ops.central_difference import central_difference
 from sama_kernels.ops.perturb import perturb
@@ -10,8 +10,10 @@ from sama_kernels.ops.step_size import step_size
 __all__ = [
     "EXACT",
     "MINUS",
+    "NEAREST",
     "PAPER",
     "PLUS",
+    "STOCHASTIC",
     "adapt_norm_adam",
     "adapt_norm_scale",
     "central_difference",

@@ -1,7 +1,7 @@
 """Registration shared by the ops: one schema each, fake kernels, and the reference as the kernel of last resort.
 
-The schema is defined in Python, so it exists where nothing is compiled. The compiled extension adds a kernel for its
-dispatch key (CPU) to the same op, and `torch.compile` sees one op whatever runs underneath.
+The schema is defined in Python, so it exists where nothing is compiled. A compiled extension adds a kernel for its
+dispatch key (CPU, CUDA) to the same op, and `torch.compile` sees one op whatever runs underneath.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sama_kernels.backends import triton
+
 _library = torch.library.Library("sama", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, *, reference: Callable[..., object], fake: Callable[..., object]) -> None:
     """Define `sama::<schema>` with `reference` as its kernel on every device that has no compiled one.
+
+    And `sama::<name>_triton`, the same op run by the Triton kernels, so that a caller can choose between them and
+    those that are compiled for the device.
 
     Arguments:
         schema: the op in schema language, e.g. ``"restore(Tensor(a!)[] params, Tensor[] bits) -> ()"``.
@@ -23,9 +28,14 @@ def define(schema: str, *, reference: Callable[..., object], fake: Callable[...,
         fake: kernel for fake tensors: allocates outputs of the right shape and dtype, reads no data.
     """
     name = schema.partition("(")[0]
-    _library.define(schema)  # type: ignore[no-untyped-call]
-    _library.impl(name, reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"sama::{name}", fake, lib=_library)
+
+    def run_triton(*arguments: object) -> object:
+        return triton.kernel(name)(*arguments)  # imported when first used: triton need not be installed
+
+    for op, kernel in ((name, reference), (f"{name}_triton", run_triton)):
+        _library.define(schema.replace(name, op, 1))  # type: ignore[no-untyped-call]
+        _library.impl(op, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"sama::{op}", fake, lib=_library)
 
 
 def written(tensors: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sama_kernels import backends
@@ -11,7 +12,17 @@ from sama_kernels.backends import reference
 from sama_kernels.ops._library import define, written
 
 
-def perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int, *, backend: str) -> None:
+def perturb(
+    params: Sequence[Tensor],
+    v: Sequence[Tensor],
+    epsilon: Tensor,
+    side: int,
+    *,
+    rounding: int = reference.NEAREST,
+    seed: int = 0,
+    measure: bool = False,
+    backend: str,
+) -> Tensor:
     """Move theta to theta+ = theta + epsilon v (side PLUS), then from there to theta- (side MINUS).
 
     v's storage changes meaning: after either side it holds bits(theta) XOR bits(theta+-), from which `restore` gets
@@ -24,18 +35,31 @@ def perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side
         v: v (PLUS) or the XOR bits that PLUS left (MINUS), overwritten; shapes and dtypes of `params`.
         epsilon: from `step_size`, float64, 0-dim, on the device of `params`; MINUS does not read it.
         side: `reference.PLUS` or `reference.MINUS`.
+        rounding: how theta + epsilon v, computed in float32, becomes bfloat16 or float16: `reference.NEAREST`, or
+            `reference.STOCHASTIC`, up or down at random such that the mean is exact. PLUS only; wider dtypes are
+            rounded to nearest.
+        seed: 64 bits that together with the position of an element in the lists decide its rounding
+            (`backends.rounding`); the same on every backend. torch's generators are not used.
+        measure: whether PLUS sums what was realised.
+    Returns:
+        With `measure`, for PLUS, with s = theta+ - theta after rounding: [<s, epsilon v>, ||s||^2], float64, shape
+        (2,), on the device of `epsilon`, summed in a fixed order; else two NaN.
     Bytes moved per float32 element: 8 read + 8 written, for each side.
     """
-    backends.kernel("perturb", backend)(params, v, epsilon, side)
+    sums: Tensor = backends.kernel("perturb", backend)(params, v, epsilon, side, rounding, seed, measure)
     written([*params, *v])
+    return sums
 
 
-def _fake(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int) -> None:
-    return None
+def _fake(
+    params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int, rounding: int, seed: int, measure: bool
+) -> Tensor:
+    return epsilon.new_empty((2,), dtype=torch.float64)
 
 
 define(
-    "perturb(Tensor(a!)[] params, Tensor(b!)[] v, Tensor epsilon, int side) -> ()",
+    "perturb(Tensor(a!)[] params, Tensor(b!)[] v, Tensor epsilon, int side, int rounding, int seed, bool measure)"
+    " -> Tensor",
     reference=reference.perturb,
     fake=_fake,
 )

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "isa.h"
+#include "inline.h"
 
 namespace sama {
 
@@ -34,7 +34,8 @@ SAMA_INLINE To bit_cast(From from) {
 }
 
 // Word: the bits as stored. Compute: where values of this dtype are added and multiplied.
-// `widen` is exact, `narrow` rounds to nearest even. All of it is branch-free, so that the loops vectorise on every
+// `widen` is exact, `narrow` rounds to nearest even, `narrow_stochastically` to one of the two neighbours: away from
+// zero if 16 random bits, as a fraction, are less than what rounding towards zero would cut off. All of it is branch-free, so that the loops vectorise on every
 // instruction set (the conversion instructions of F16C and AVX512-BF16 are not needed).
 struct F32 {
   using Word = uint32_t;
@@ -62,6 +63,10 @@ struct BF16 {
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded); // NaN: rounding could turn it into Inf
   }
+  static SAMA_INLINE uint16_t narrow_stochastically(float value, uint32_t random) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + random) >> 16);
+  }
 };
 
 struct F16 {
@@ -87,6 +92,18 @@ struct F16 {
     // Below 2^-14: adding 0.5 lets the adder round to a multiple of 2^-24.
     const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u; // NaN, or too large
+    const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
+    return uint16_t(sign | (magnitude >= 0x47800000u ? special : finite));
+  }
+  static SAMA_INLINE uint16_t narrow_stochastically(float value, uint32_t random) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - (112u << 23) + (random & 0x1fffu)) >> 13;
+    const float in_units = bit_cast<float>(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p24f; // smallest denormals
+    const int32_t whole = int32_t(in_units); // below 1024
+    const uint32_t denormal = uint32_t(whole) + (float(random) < (in_units - float(whole)) * 65536.0f ? 1u : 0u);
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
     return uint16_t(sign | (magnitude >= 0x47800000u ? special : finite));
   }

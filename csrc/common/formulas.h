@@ -1,0 +1,57 @@
+// What the ops do to one element: the one place for the arithmetic of the CPU and the CUDA kernels. The operations and
+// their order are those of sama_kernels/backends/reference.py; the derivations are in sama_kernels/ops/.
+#pragma once
+
+#include <cmath>
+
+#include "dtypes.h"
+
+namespace sama {
+
+constexpr int64_t kPaper = 0, kExact = 1; // adapt_norm_adam
+constexpr int64_t kPlus = 0, kMinus = 1; // perturb
+constexpr int64_t kNearest = 0, kStochastic = 1;
+
+// The scalars of one tensor in the compute type; bias corrections come from its own step counter.
+template <class T>
+struct AdamScalars {
+  T rate; // lr / (1 - beta1^t)
+  T inv_sqrt_c2; // 1 / sqrt(1 - beta2^t)
+  T one_minus_beta1, one_minus_beta2;
+  T eps, weight_decay;
+  T tail; // (1 - beta1) eps
+  T noise; // |r| up to this is rounding of the stored moments
+  T sign; // -1 under maximize
+};
+
+// D d of Adam. `exact`, `amsgrad` and `decay` are template arguments because each is a different loop body: a run-time
+// branch would keep a compiler from vectorising. `w_max` and `p` count only with `amsgrad` and `decay`.
+template <class T, bool exact, bool amsgrad, bool decay>
+SAMA_INLINE T adam_element(const AdamScalars<T>& k, T d, T g, T m, T w, T w_max, T p) {
+  const T zero = 0, one = 1;
+  const T second = amsgrad ? w_max : w;
+  const T s = std::sqrt(second) * k.inv_sqrt_c2;
+  const T q = s + k.eps;
+  T gradient = k.sign * g;
+  if (decay) gradient = gradient + k.weight_decay * (p + k.rate * (m / q));
+  T r = k.one_minus_beta2 * ((m * gradient) / second);
+  if (amsgrad) r = w == second ? r : zero;
+  r = k.one_minus_beta1 - r;
+  r = (std::abs(r) <= k.noise) | (second == zero) ? zero : r;
+  const T numerator = exact ? r * s + k.tail : r * s;
+  const T inv_q = q == zero ? zero : one / q;
+  return k.sign * ((k.rate * ((numerator * inv_q) * inv_q)) * d);
+}
+
+// theta- from theta+ and the XOR bits of both with theta: the mirror image of the step that was realised.
+template <class S>
+SAMA_INLINE typename S::Word mirrored(typename S::Word plus, typename S::Word difference) {
+  using Word = typename S::Word;
+  using Compute = typename S::Compute;
+  const Word centre = Word(plus ^ difference);
+  const Compute at = S::widen(centre);
+  const Word moved = S::narrow(at - (S::widen(plus) - at));
+  return difference == 0 ? centre : moved;
+}
+
+} // namespace sama

@@ -1,0 +1,19 @@
+"""The CUDA C++ kernels (csrc/cuda): importing `_C_cuda` registers them for the CUDA key of the `sama::*` ops."""
+
+from __future__ import annotations
+
+import torch
+
+from sama_kernels.backends import extension
+
+# Without a GPU there is nothing to run them on, and libtorch_cuda, which they look for, may not be there.
+_LOADED = torch.cuda.is_available() and extension.load("_C_cuda")
+
+
+def missing() -> str | None:
+    """Why the CUDA kernels are not there; None if they are."""
+    if _LOADED:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return "the extension _C_cuda is not part of this installation (no nvcc when it was installed?)"
