@@ -11,6 +11,7 @@ from torch import Tensor
 
 ADAPTATIONS = ("paper", "exact", "none")
 HOLDS = ("auto", "center")
+ROUNDINGS = ("nearest", "stochastic")
 SYNCS = ("final", "full", "none")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -19,6 +20,13 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise unless `value` is one of the strings in `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
+
+
+def integer(name: str, value: object) -> int:
+    """Raise unless `value` is an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    return value
 
 
 def closures(name: str, value: object) -> tuple[Callable[[], Tensor], ...]:

@@ -62,10 +62,19 @@ class Perturbation:
             # The same bits as before: a graph of the caller's that saved theta may still be used.
             torch._C._autograd._unsafe_set_version_counter(tuple(self._params), self._versions)
 
-    def plus(self, epsilon: Tensor) -> None:
-        """theta -> theta+ = theta + epsilon v."""
-        ops.perturb(self._params, self._v, epsilon, ops.PLUS, backend=self._backend)
+    def plus(self, epsilon: Tensor, rounding: int, seed: int) -> Tensor | None:
+        """theta -> theta+ = theta + epsilon v.
+
+        Returns: what was realised of it, as `ops.perturb` measures it; None if all parameters are of 32 or 64 bits,
+        whose rounding is far below a step.
+        """
+        measure = any(p.element_size() == 2 for p in self._params)
+        step = ops.perturb(
+            self._params, self._v, epsilon, ops.PLUS,
+            rounding=rounding, seed=seed, measure=measure, backend=self._backend,
+        )  # fmt: skip
         self._moved = True
+        return step if measure else None
 
     def minus(self, epsilon: Tensor) -> None:
         """theta+ -> theta- = theta - epsilon v."""

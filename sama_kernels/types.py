@@ -24,6 +24,12 @@ class MetaGradient:
         epsilon: the step size alpha / norm, float64, 0-dim; 0 if degenerate.
         degenerate: bool, 0-dim. True if the norm is zero, tiny or not finite; `grads` then holds no finite difference
             (zeros, plus the explicit dL_meta/dlambda if the norm was finite) and theta was not moved.
+        realised: how much of the step epsilon v survived its rounding to the parameters' dtypes: <s, epsilon v> /
+            ||epsilon v||^2 with s = theta+ - theta, float64, 0-dim; 1 is all of it. The finite difference is too small
+            by about this factor: below 0.9 use rounding="stochastic" or a larger alpha. None if no base parameter is
+            bfloat16 or float16; NaN if degenerate.
+        alignment: the cosine of s and v, likewise. It is what stochastic rounding does not mend: a lower one means a
+            noisier gradient.
     """
 
     grads: tuple[Tensor, ...]
@@ -33,6 +39,8 @@ class MetaGradient:
     norm: Tensor
     epsilon: Tensor
     degenerate: Tensor
+    realised: Tensor | None = None
+    alignment: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Problem:
     adaptation: str
     update_base: bool
     hold: str
+    rounding: int
+    seed: int
     backend: str
 
     @property

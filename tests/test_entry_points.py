@@ -24,10 +24,13 @@ def test_losses_and_result_fields() -> None:
         "norm",
         "epsilon",
         "degenerate",
+        "realised",
+        "alignment",
     ]
     assert isinstance(out.grads, tuple) and [g.shape for g in out.grads] == [p.shape for p in problem.lam]
     torch.testing.assert_close(out.meta_loss, problem.meta_loss().detach())
-    for name in list(out.__dataclass_fields__)[1:]:
+    assert out.realised is None and out.alignment is None  # of interest for 16-bit parameters only
+    for name in list(out.__dataclass_fields__)[1:-2]:
         value = getattr(out, name)
         assert value.shape == () and not value.requires_grad
     assert out.base_loss_plus != out.base_loss_minus
@@ -160,7 +163,7 @@ def test_works_under_no_grad_and_inside_a_thread() -> None:
 
 def test_signature_is_the_documented_one() -> None:
     expected = ["base_loss", "meta_loss", "base_params", "meta_params", "optimizer"]
-    expected += ["alpha", "adaptation", "update_base", "sync", "group", "backend", "hold"]
+    expected += ["alpha", "adaptation", "update_base", "sync", "group", "backend", "hold", "rounding", "seed"]
     defaults = {
         "alpha": 1.0,
         "adaptation": "paper",
@@ -169,6 +172,8 @@ def test_signature_is_the_documented_one() -> None:
         "group": None,
         "backend": "auto",
         "hold": "auto",
+        "rounding": "nearest",
+        "seed": None,
     }
     for function in (sk.meta_grad, sk.meta_backward, sk.sama_loss):
         parameters = inspect.signature(function).parameters

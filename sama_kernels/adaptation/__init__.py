@@ -13,8 +13,9 @@ from sama_kernels.adaptation import step_record
 from sama_kernels.adaptation.adam import adam
 from sama_kernels.adaptation.plan import GroupStep, OpCall, apply
 from sama_kernels.adaptation.sgd import sgd
+from sama_kernels.adaptation.step_record import steps_made
 
-__all__ = ["OpCall", "apply", "plan", "supported"]
+__all__ = ["OpCall", "apply", "plan", "steps_made", "supported"]
 
 _families: dict[type[Optimizer], Callable[[GroupStep], list[OpCall]]] = {
     torch.optim.SGD: sgd,

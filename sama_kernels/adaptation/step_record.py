@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _records: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+_counts: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _types: set[type[Optimizer]] = set()
 
 SKIPPED = "sama_skipped"
@@ -35,7 +36,13 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     return recorded + [_hyperparameters(group) for group in groups[len(recorded) :]]
 
 
+def steps_made(optimizer: Optimizer) -> int:
+    """How many steps this optimizer has made since the import."""
+    return _counts.get(optimizer, 0)
+
+
 def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _counts[optimizer] = _counts.get(optimizer, 0) + 1
     if type(optimizer) in _types:
         _records[optimizer] = [_snapshot(optimizer, group) for group in optimizer.param_groups]
 
