@@ -15,11 +15,12 @@ constexpr int64_t kNearest = 0, kStochastic = 1;
 // The scalars of one tensor in the compute type; bias corrections come from its own step counter.
 template <class T>
 struct AdamScalars {
-  T rate; // lr / (1 - beta1^t)
-  T inv_sqrt_c2; // 1 / sqrt(1 - beta2^t)
+  T rate; // lr / c1 with c1 = 1 - beta1^t
+  T inv_sqrt_c2; // 1 / sqrt(c2) with c2 = 1 - beta2^t
+  T paper_rate; // lr / (c1 c2)
+  T tail_rate; // lr / c1 (1 - beta1) eps
   T one_minus_beta1, one_minus_beta2;
   T eps, weight_decay;
-  T tail; // (1 - beta1) eps
   T noise; // |r| up to this is rounding of the stored moments
   T sign; // -1 under maximize
 };
@@ -32,15 +33,20 @@ SAMA_INLINE T adam_element(const AdamScalars<T>& k, T d, T g, T m, T w, T w_max,
   const T second = amsgrad ? w_max : w;
   const T s = std::sqrt(second) * k.inv_sqrt_c2;
   const T q = s + k.eps;
+  // One division serves 1/q and 1/(s q): the divider, not memory, bounds this loop for 16-bit storage.
+  const bool empty = second == zero;
+  const T divisor = empty ? one : s;
+  const T inv_sq = q == zero ? zero : one / (divisor * q);
+  const T inv_q = inv_sq * divisor;
   T gradient = k.sign * g;
-  if (decay) gradient = gradient + k.weight_decay * (p + k.rate * (m / q));
-  T r = k.one_minus_beta2 * ((m * gradient) / second);
-  if (amsgrad) r = w == second ? r : zero;
-  r = k.one_minus_beta1 - r;
-  r = (std::abs(r) <= k.noise) | (second == zero) ? zero : r;
-  const T numerator = exact ? r * s + k.tail : r * s;
-  const T inv_q = q == zero ? zero : one / q;
-  return k.sign * ((k.rate * ((numerator * inv_q) * inv_q)) * d);
+  if (decay) gradient = gradient + k.weight_decay * (p + k.rate * (m * inv_q));
+  T part = k.one_minus_beta2 * (m * gradient);
+  if (amsgrad) part = w == second ? part : zero;
+  T numerator = k.one_minus_beta1 * second - part; // r w
+  numerator = (std::abs(numerator) <= k.noise * second) | empty ? zero : numerator;
+  T adapted = (k.paper_rate * (numerator * inv_sq)) * inv_q;
+  if (exact) adapted = adapted + (k.tail_rate * inv_q) * inv_q;
+  return k.sign * (adapted * d);
 }
 
 // theta- from theta+ and the XOR bits of both with theta: the mirror image of the step that was realised.

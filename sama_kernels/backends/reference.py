@@ -76,28 +76,31 @@ def adapt_norm_adam(
         g, m, w = (x[i].detach().to(dtype) for x in (grads, exp_avgs, exp_avg_sqs))
         t = steps[i].to(device=device, dtype=torch.float64)
         rate = lr if lr_tensor is None else lr_tensor.to(device=device, dtype=torch.float64)
-        step_size = (rate / (1 - beta1**t)).to(dtype)
-        inv_sqrt_c2 = (1 / (1 - beta2**t).sqrt()).to(dtype)
-        if max_exp_avg_sqs:  # amsgrad: the second moment takes part in the derivative only where it is the maximum
-            w_max = max_exp_avg_sqs[i].detach().to(dtype)
-            is_maximum = w == w_max
-            w = w_max
-        s = w.sqrt() * inv_sqrt_c2
+        c1, c2 = 1 - beta1**t, 1 - beta2**t
+        step_size, paper_rate = (rate / c1).to(dtype), (rate / (c1 * c2)).to(dtype)
+        tail_rate = (rate / c1 * (1 - beta1) * eps).to(dtype)
+        second = (max_exp_avg_sqs[i].detach().to(dtype)) if max_exp_avg_sqs else w
+        s = second.sqrt() * (1 / c2.sqrt()).to(dtype)
         q = s + eps
+        empty = second == 0
+        divisor = torch.where(empty, 1.0, s)
+        inv_sq = torch.where(q == 0, 0.0, 1 / (divisor * q))
+        inv_q = inv_sq * divisor
         if maximize:
             g = -g
         if weight_decay != 0.0:  # L2 decay acts on theta before the step: theta + the update that was subtracted
-            g = g + weight_decay * (params[i].detach().to(dtype) + step_size * (m / q))
-        r = (1 - beta2) * ((m * g) / w)
-        if max_exp_avg_sqs:
-            r = torch.where(is_maximum, r, 0.0)
-        r = (1 - beta1) - r
+            g = g + weight_decay * (params[i].detach().to(dtype) + step_size * (m * inv_q))
+        part = (1 - beta2) * (m * g)
+        if max_exp_avg_sqs:  # amsgrad: the second moment takes part in the derivative only where it is the maximum
+            part = torch.where(w == second, part, 0.0)
+        numerator = (1 - beta1) * second - part  # r w
         # Below the rounding of the stored moments r is noise: at the first step it is exactly 0 in real numbers.
         noise = 8 * torch.finfo(exp_avgs[i].dtype).eps * (1 - beta1)
-        r = torch.where((r.abs() <= noise) | (w == 0), 0.0, r)
-        numerator = r * s if mode == PAPER else r * s + (1 - beta1) * eps
-        inv_q = torch.where(q == 0, 0.0, 1 / q)
-        adapted = (step_size * ((numerator * inv_q) * inv_q)) * d.to(dtype)
+        numerator = torch.where((numerator.abs() <= noise * second) | empty, 0.0, numerator)
+        adapted = (paper_rate * (numerator * inv_sq)) * inv_q
+        if mode == EXACT:
+            adapted = adapted + (tail_rate * inv_q) * inv_q
+        adapted = adapted * d.to(dtype)
         if maximize:
             adapted = -adapted
         total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()

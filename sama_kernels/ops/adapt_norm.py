@@ -38,7 +38,8 @@ def adapt_norm_adam(
         exact:  D = lr / (c1 q^2) * (r s + (1 - beta1) eps)
         paper:  D = lr / (c1 q^2) * (r s)                       and 0 where w = 0
 
-    which is Appendix C of the paper with beta2 where it misprints beta1, and with bias correction. Where |r| is below
+    which is Appendix C of the paper with beta2 where it misprints beta1, and with bias correction; computed as
+    r s / q^2 = ((1 - beta1) w - (1 - beta2) m g) / (c2 s q^2), with one division. Where |r| is below
     8 ulp(1) of the moments' dtype times (1 - beta1) it is rounding noise and taken as 0: at the first step r = 0 in
     real numbers. Under amsgrad w is the running maximum, and its term counts only where this step made the maximum.
 
