@@ -28,7 +28,12 @@ LAYERS = [
     ["sama_kernels.ops._library"],
     ["sama_kernels.backends"],
     [f"sama_kernels.backends.{name}" for name in ("reference", "cpu", "cuda", "triton")],
+    [f"sama_kernels.backends.triton.{op}" for op in ("adapt_norm", "step_size", "perturb", "central_difference")],
+    ["sama_kernels.backends.triton.restore"],
+    ["sama_kernels.backends.triton.launch", "sama_kernels.backends.triton.chunks"],
+    ["sama_kernels.backends.triton.tables", "sama_kernels.backends.triton.storage"],
     ["sama_kernels.backends.rounding", "sama_kernels.backends.extension"],
+    ["sama_kernels.backends.arguments"],
     [
         "sama_kernels.checks",
         "sama_kernels.guards",

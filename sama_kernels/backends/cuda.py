@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from sama_kernels.backends import extension
 
-# Without a GPU there is nothing to run them on, and libtorch_cuda, which they look for, may not be there.
+# Without a GPU there is nothing to run them on.
 _LOADED = torch.cuda.is_available() and extension.load("_C_cuda")
 
 
@@ -17,3 +19,14 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return "the extension _C_cuda is not part of this installation (no nvcc when it was installed?)"
+
+
+def arch_list() -> list[str]:
+    """The compute capabilities that `_C_cuda` was compiled for; empty if this installation does not have it.
+
+    Needs no GPU: the extension loads with any torch, and looks for CUDA only when a kernel is launched.
+    """
+    if not extension.load("_C_cuda"):
+        return []
+    listed: str = importlib.import_module("sama_kernels._C_cuda").ARCH_LIST
+    return listed.split(";")

@@ -7,22 +7,45 @@ of memory), those before it are put back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sama_kernels.backends.arguments import (
+    EXACT,
+    MINUS,
+    NEAREST,
+    PAPER,
+    PLUS,
+    STOCHASTIC,
+    check_adapt_norm_adam,
+    check_adapt_norm_scale,
+    check_central_difference,
+    check_perturb,
+    check_restore,
+    check_step_size,
+)
 from sama_kernels.backends.rounding import random_like, round_stochastically
 
-PAPER, EXACT = 0, 1
-"""Modes of `adapt_norm_adam`: the epsilon-free numerator of the paper, or the derivative to the letter."""
-PLUS, MINUS = 0, 1
-"""Sides of `perturb`."""
-NEAREST, STOCHASTIC = 0, 1
-"""Roundings of `perturb`."""
+__all__ = [
+    "EXACT",
+    "MINUS",
+    "NEAREST",
+    "PAPER",
+    "PLUS",
+    "STOCHASTIC",
+    "adapt_norm_adam",
+    "adapt_norm_scale",
+    "bits",
+    "central_difference",
+    "compute_dtype",
+    "perturb",
+    "restore",
+    "step_size",
+]
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_STORAGE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,23 +76,10 @@ def adapt_norm_adam(
     mode: int,
 ) -> Tensor:
     """See `sama_kernels.ops.adapt_norm_adam`."""
-    op = "adapt_norm_adam"
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if max_exp_avg_sqs:
-        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    total = _zero(op, v)
-    if weight_decay != 0.0:
-        if not params:
-            raise RuntimeError(f"sama::{op}: params is empty, but weight_decay needs theta")
-        lists["params"] = params
-    if mode not in (PAPER, EXACT):
-        raise RuntimeError(f"sama::{op}: mode must be 0 (paper) or 1 (exact), not {mode}")
-    if len(steps) != len(v):
-        raise RuntimeError(f"sama::{op}: steps has {len(steps)} tensors, but v has {len(v)}")
-    _check(op, {"v": v, **lists}, written=("v",))
-    _check_scalars(op, {f"steps[{i}]": t for i, t in enumerate(steps)})
-    if lr_tensor is not None:
-        _check_scalars(op, {"lr_tensor": lr_tensor})
+    check_adapt_norm_adam(
+        v, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, params, steps, lr_tensor, weight_decay, mode
+    )
+    total = _zero(v)
     for i, d in enumerate(v):
         dtype = compute_dtype(d.dtype)
         device = d.device
@@ -110,11 +120,8 @@ def adapt_norm_adam(
 
 def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: float) -> Tensor:
     """See `sama_kernels.ops.adapt_norm_scale`."""
-    op = "adapt_norm_scale"
-    _check(op, {"v": v}, written=("v",))
-    if scale_tensor is not None:
-        _check_scalars(op, {"scale_tensor": scale_tensor})
-    total = _zero(op, v)
+    check_adapt_norm_scale(v, scale_tensor)
+    total = _zero(v)
     for d in v:
         dtype = compute_dtype(d.dtype)
         factor = scale if scale_tensor is None else scale * scale_tensor.to(device=d.device, dtype=torch.float64)
@@ -126,9 +133,7 @@ def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: fl
 
 def step_size(norm_sqs: Sequence[Tensor], alpha: float, tiny: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `sama_kernels.ops.step_size`."""
-    if not norm_sqs:
-        raise RuntimeError("sama::step_size: norm_sqs is empty")
-    _check_scalars("step_size", {f"norm_sqs[{i}]": x for i, x in enumerate(norm_sqs)}, float64_from="adapt_norm")
+    check_step_size(norm_sqs)
     norm = torch.stack(list(norm_sqs)).sum().sqrt()
     degenerate = ~(norm.isfinite() & (norm > tiny))
     epsilon = torch.where(degenerate, 0.0, alpha / norm)
@@ -139,13 +144,7 @@ def perturb(
     params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int, rounding: int, seed: int, measure: bool
 ) -> Tensor:
     """See `sama_kernels.ops.perturb`."""
-    if side not in (PLUS, MINUS):
-        raise RuntimeError(f"sama::perturb: side must be 0 (plus) or 1 (minus), not {side}")
-    if rounding not in (NEAREST, STOCHASTIC):
-        raise RuntimeError(f"sama::perturb: rounding must be 0 (nearest) or 1 (stochastic), not {rounding}")
-    _check("perturb", {"params": params, "v": v}, written=("params", "v"), same_dtype=True)
-    if side == PLUS:
-        _check_scalars("perturb", {"epsilon": epsilon}, float64_from="step_size")
+    check_perturb(params, v, epsilon, side, rounding)
     sums = torch.full((2,), torch.nan, dtype=torch.float64, device=epsilon.device)
     if side == MINUS:  # never leaves a tensor that `restore` could not put back, wherever it stops
         for p, x in zip(params, v, strict=True):
@@ -167,7 +166,7 @@ def perturb(
 
 def restore(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
     """See `sama_kernels.ops.restore`."""
-    _check("restore", {"params": params, "v": v}, written=("params",), same_dtype=True)
+    check_restore(params, v)
     for p, x in zip(params, v, strict=True):
         bits(p).bitwise_xor_(bits(x))
 
@@ -180,11 +179,7 @@ def central_difference(
     norm: Tensor,
 ) -> None:
     """See `sama_kernels.ops.central_difference`."""
-    lists = {"grads_plus": grads_plus, "grads_minus": grads_minus}
-    if explicit:
-        lists["explicit"] = explicit
-    _check("central_difference", lists, written=("grads_plus",))
-    _check_scalars("central_difference", {"epsilon": epsilon, "norm": norm}, float64_from="step_size")
+    check_central_difference(grads_plus, grads_minus, explicit, epsilon, norm)
     for i, (plus, minus) in enumerate(zip(grads_plus, grads_minus, strict=True)):
         dtype = compute_dtype(plus.dtype)
         factor = (-0.5 / epsilon).to(dtype)
@@ -194,42 +189,7 @@ def central_difference(
         plus.copy_(implicit)
 
 
-def _check(op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool = False) -> None:
-    """Lengths, shapes, dtypes and layouts, before anything is written. The compiled kernels give the same messages."""
-    first_name, first = next(iter(lists.items()))
-    for name, tensors in lists.items():
-        if len(tensors) != len(first):
-            raise RuntimeError(f"sama::{op}: {name} has {len(tensors)} tensors, but {first_name} has {len(first)}")
-        for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
-            if x.dtype not in _STORAGE:
-                raise RuntimeError(f"sama::{op}: {name}[{i}] is not float32, float64, bfloat16 or float16")
-            if x.shape != like.shape:
-                shapes = f"{name}[{i}] has shape {list(x.shape)}, but {first_name}[{i}] has shape {list(like.shape)}"
-                raise RuntimeError(f"sama::{op}: {shapes}")
-            if same_dtype and x.dtype != like.dtype:
-                raise RuntimeError(f"sama::{op}: {name}[{i}] and {first_name}[{i}] must have the same dtype")
-            if name in written and x.numel() > 1 and _expanded(x):
-                raise RuntimeError(
-                    f"sama::{op}: {name}[{i}] is expanded: several elements share one place in memory, so it cannot be"
-                    " changed in place; clone it"
-                )
-
-
-def _expanded(x: Tensor) -> bool:
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def _check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | None = None) -> None:
-    for name, x in tensors.items():
-        if float64_from is not None and x.dtype != torch.float64:
-            raise RuntimeError(f"sama::{op}: {name} must be float64, as {float64_from} returns it")
-        if x.numel() != 1:
-            raise RuntimeError(f"sama::{op}: {name} must hold one number, but has shape {list(x.shape)}")
-
-
-def _zero(op: str, v: Sequence[Tensor]) -> Tensor:
-    if not v:
-        raise RuntimeError(f"sama::{op}: v is empty")
+def _zero(v: Sequence[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=v[0].device)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sama_kernels.backends.arguments import share_dense_layout
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -50,7 +52,7 @@ def random_like(x: Tensor, other: Tensor, seed: int, tensor: int) -> Tensor:
     Elements are numbered in memory order if `x` and `other` share one layout without holes, else in row-major order.
     """
     random = random_halfwords(seed, tensor, x.numel(), x.device)
-    if _strides(x) == _strides(other) and _is_dense(x):
+    if share_dense_layout([x, other]):
         return random.as_strided(x.shape, x.stride())
     return random.view(x.shape)
 
@@ -77,17 +79,3 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tenso
     word = (sign >> 16) | rounded
     signed = torch.where(word >= 0x8000, word - 0x10000, word).to(torch.int16)
     return torch.where(x.isfinite(), signed.view(dtype), x.to(dtype))
-
-
-def _strides(x: Tensor) -> list[int]:
-    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory without holes or overlaps, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

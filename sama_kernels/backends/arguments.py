@@ -1,0 +1,168 @@
+"""What the ops accept: the codes of their options, and the checks that run before anything is written.
+
+The backends in Python share them. The compiled kernels have their own, with the same messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+PAPER, EXACT = 0, 1
+"""Modes of `adapt_norm_adam`: the epsilon-free numerator of the paper, or the derivative to the letter."""
+PLUS, MINUS = 0, 1
+"""Sides of `perturb`."""
+NEAREST, STOCHASTIC = 0, 1
+"""Roundings of `perturb`."""
+
+_STORAGE = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+def check_adapt_norm_adam(
+    v: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr_tensor: Tensor | None,
+    weight_decay: float,
+    mode: int,
+) -> None:
+    op = "adapt_norm_adam"
+    if not v:
+        raise RuntimeError(f"sama::{op}: v is empty")
+    lists = {"v": v, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if max_exp_avg_sqs:
+        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
+    if weight_decay != 0.0:
+        if not params:
+            raise RuntimeError(f"sama::{op}: params is empty, but weight_decay needs theta")
+        lists["params"] = params
+    if mode not in (PAPER, EXACT):
+        raise RuntimeError(f"sama::{op}: mode must be 0 (paper) or 1 (exact), not {mode}")
+    if len(steps) != len(v):
+        raise RuntimeError(f"sama::{op}: steps has {len(steps)} tensors, but v has {len(v)}")
+    _check_lists(op, lists, written=("v",))
+    _check_scalars(op, {f"steps[{i}]": t for i, t in enumerate(steps)})
+    if lr_tensor is not None:
+        _check_scalars(op, {"lr_tensor": lr_tensor})
+
+
+def check_adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None) -> None:
+    op = "adapt_norm_scale"
+    if not v:
+        raise RuntimeError(f"sama::{op}: v is empty")
+    _check_lists(op, {"v": v}, written=("v",))
+    if scale_tensor is not None:
+        _check_scalars(op, {"scale_tensor": scale_tensor})
+
+
+def check_step_size(norm_sqs: Sequence[Tensor]) -> None:
+    if not norm_sqs:
+        raise RuntimeError("sama::step_size: norm_sqs is empty")
+    _check_scalars("step_size", {f"norm_sqs[{i}]": x for i, x in enumerate(norm_sqs)}, float64_from="adapt_norm")
+
+
+def check_perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int, rounding: int) -> None:
+    if side not in (PLUS, MINUS):
+        raise RuntimeError(f"sama::perturb: side must be 0 (plus) or 1 (minus), not {side}")
+    if rounding not in (NEAREST, STOCHASTIC):
+        raise RuntimeError(f"sama::perturb: rounding must be 0 (nearest) or 1 (stochastic), not {rounding}")
+    _check_lists("perturb", {"params": params, "v": v}, written=("params", "v"), same_dtype=True)
+    if side == PLUS:
+        _check_scalars("perturb", {"epsilon": epsilon}, float64_from="step_size")
+
+
+def check_restore(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    _check_lists("restore", {"params": params, "v": v}, written=("params",), same_dtype=True)
+
+
+def check_central_difference(
+    grads_plus: Sequence[Tensor],
+    grads_minus: Sequence[Tensor],
+    explicit: Sequence[Tensor],
+    epsilon: Tensor,
+    norm: Tensor,
+) -> None:
+    op = "central_difference"
+    lists = {"grads_plus": grads_plus, "grads_minus": grads_minus}
+    if explicit:
+        lists["explicit"] = explicit
+    _check_lists(op, lists, written=("grads_plus",))
+    _check_scalars(op, {"epsilon": epsilon, "norm": norm}, float64_from="step_size")
+
+
+def share_dense_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape have the same strides and fill a stretch of memory without holes or overlaps.
+
+    Element-wise ops may then number the elements in memory order, whatever the order of the dimensions.
+    """
+    first = _strides(tensors[0])
+    return all(_strides(x) == first for x in tensors[1:]) and _is_dense(tensors[0])
+
+
+def _check_lists(
+    op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool = False
+) -> None:
+    """Lengths, shapes, dtypes and layouts."""
+    if _all_in_order(lists, written, same_dtype):
+        return
+    first_name, first = next(iter(lists.items()))
+    for name, tensors in lists.items():
+        if len(tensors) != len(first):
+            raise RuntimeError(f"sama::{op}: {name} has {len(tensors)} tensors, but {first_name} has {len(first)}")
+        for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
+            if x.dtype not in _STORAGE:
+                raise RuntimeError(f"sama::{op}: {name}[{i}] is not float32, float64, bfloat16 or float16")
+            if x.shape != like.shape:
+                shapes = f"{name}[{i}] has shape {list(x.shape)}, but {first_name}[{i}] has shape {list(like.shape)}"
+                raise RuntimeError(f"sama::{op}: {shapes}")
+            if same_dtype and x.dtype != like.dtype:
+                raise RuntimeError(f"sama::{op}: {name}[{i}] and {first_name}[{i}] must have the same dtype")
+            if name in written and x.numel() > 1 and _expanded(x):
+                raise RuntimeError(
+                    f"sama::{op}: {name}[{i}] is expanded: several elements share one place in memory, so it cannot be"
+                    " changed in place; clone it"
+                )
+
+
+def _all_in_order(lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool) -> bool:
+    """The usual case, list by list, which is quicker; False if `_check_lists` has to look closer."""
+    first = next(iter(lists.values()))
+    shapes, dtypes = [x.shape for x in first], [x.dtype for x in first]
+    for name, tensors in lists.items():
+        own = [x.dtype for x in tensors]
+        if [x.shape for x in tensors] != shapes or not _STORAGE.issuperset(own) or (same_dtype and own != dtypes):
+            return False
+        if name in written and not all(x.is_contiguous() for x in tensors):
+            return False
+    return True
+
+
+def _check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | None = None) -> None:
+    for name, x in tensors.items():
+        if float64_from is not None and x.dtype != torch.float64:
+            raise RuntimeError(f"sama::{op}: {name} must be float64, as {float64_from} returns it")
+        if x.numel() != 1:
+            raise RuntimeError(f"sama::{op}: {name} must hold one number, but has shape {list(x.shape)}")
+
+
+def _expanded(x: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _strides(x: Tensor) -> list[int]:
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1]
+
+
+def _is_dense(x: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

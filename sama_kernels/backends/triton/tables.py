@@ -1,0 +1,155 @@
+"""Lists of tensors as tables of addresses on the device: one launch for all tensors of the same dtypes.
+
+The host's side; the kernels' side is chunks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from sama_kernels.backends.arguments import share_dense_layout
+
+_ALIGNMENT = 16
+_MANY = 2**24
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors of a list that one launch serves: those of the same dtypes and the same alignment.
+
+    rows: int64 (tensors, 2 + operands): number of elements, position in the caller's list, address of each operand.
+    chunks: int64 (programs,): row << 32 | number of the chunk in its tensor.
+    """
+
+    rows: Tensor
+    chunks: Tensor
+    dtypes: tuple[torch.dtype, ...]
+    aligned: bool
+    block: int
+    blocks: int
+
+    @property
+    def programs(self) -> int:
+        return self.chunks.numel()
+
+
+class Operands:
+    """The operands of one call as flat memory, grouped for launching.
+
+    Where all operands of a tensor share one dense layout, its elements are numbered in memory order; otherwise in
+    row-major order, and what is not contiguous takes part as a contiguous copy, which `copy_back` brings home.
+
+    Arguments:
+        op: prefixes the messages.
+        lists: the operands by name, checked: same lengths and shapes.
+        written: names of the lists that the kernel writes to.
+        scalars: one more list of one-element tensors, of which the kernel wants the addresses.
+    Raises:
+        RuntimeError: not all of them are on one device that Triton can use.
+    """
+
+    def __init__(
+        self, op: str, lists: dict[str, Sequence[Tensor]], written: Sequence[str], scalars: Sequence[Tensor] = ()
+    ) -> None:
+        self._written: list[tuple[Tensor, Tensor]] = []  # (the caller's tensor, its contiguous copy)
+        self._kept: list[Tensor] = []  # copies that are only read: until the kernels are queued
+        self.groups: list[Group] = []
+        first = next(iter(lists.values()))
+        if not first:
+            return
+        self.device = first[0].device
+        _check_device(op, lists, self.device)
+        flat = [*self._flat(lists, written), *([scalars] if scalars else [])]
+        dtypes_of = zip(*([x.dtype for x in tensors] for tensors in flat), strict=True)
+        addresses_of = zip(*([x.data_ptr() for x in tensors] for tensors in flat), strict=True)
+        rows: dict[tuple[tuple[torch.dtype, ...], bool], list[tuple[int, ...]]] = {}
+        for i, (like, dtypes, addresses) in enumerate(zip(first, dtypes_of, addresses_of, strict=True)):
+            numel = like.numel()
+            if numel:
+                aligned = not any(address % _ALIGNMENT for address in addresses[: len(lists)])
+                rows.setdefault((dtypes, aligned), []).append((numel, i, *addresses))
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        for (dtypes, aligned), group in rows.items():
+            block, blocks = _configuration(dtypes, sum(row[0] for row in group))
+            table, chunks = _tables(self.device, stream, tuple(group), block * blocks)
+            self.groups.append(Group(table, chunks, dtypes, aligned, block, blocks))
+
+    @property
+    def programs(self) -> int:
+        return sum(group.programs for group in self.groups)
+
+    def copy_back(self) -> None:
+        """Bring what the kernels wrote into contiguous copies to where it belongs."""
+        for original, copy in self._written:
+            original.copy_(copy)
+
+    def _flat(self, lists: dict[str, Sequence[Tensor]], written: Sequence[str]) -> Sequence[Sequence[Tensor]]:
+        """The lists, with contiguous copies where a tensor's operands do not share a dense layout."""
+        if all(x.is_contiguous() for tensors in lists.values() for x in tensors):
+            return list(lists.values())
+        flat = {name: list(tensors) for name, tensors in lists.items()}
+        for i in range(len(next(iter(flat.values())))):
+            if share_dense_layout([tensors[i] for tensors in flat.values()]):
+                continue
+            for name, tensors in flat.items():
+                x = tensors[i].detach()
+                tensors[i] = x.contiguous()
+                if not x.is_contiguous() and name in written:
+                    self._written.append((x, tensors[i]))
+                self._kept.append(tensors[i])
+        return list(flat.values())
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """CPU values on `device`, without waiting for the copy: from pinned memory, which torch keeps until it is done."""
+    if device.type != "cuda":
+        return values
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "sama_kernels: the Triton backend cannot copy addresses or step counters to the GPU while a CUDA graph is"
+            " captured: keep the counters on the GPU (capturable=True) and call the ops with the same tensors once"
+            " before, or use backend='cuda'"
+        )
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _check_device(op: str, lists: dict[str, Sequence[Tensor]], device: torch.device) -> None:
+    first_name = next(iter(lists))
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(f"sama::{op}_triton: {first_name}[0] is on {device}, but Triton needs CUDA tensors")
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if x.device != device:
+                raise RuntimeError(f"sama::{op}: {name}[{i}] is on {x.device}, but {first_name}[0] is on {device}")
+
+
+def _configuration(dtypes: tuple[torch.dtype, ...], numel: int) -> tuple[int, int]:
+    """(elements of a block, blocks of a chunk), for 128 threads.
+
+    A function of sizes instead of `triton.autotune`, which runs the kernels to time them: in-place ones would change
+    their tensors every time. 8 elements per thread are one 16-byte access in the 16-bit dtypes and two in float32;
+    float64 needs the registers of two. Long lists take longer chunks, for fewer slots to sum and smaller tables.
+    """
+    return 512 if torch.float64 in dtypes else 1024, 16 if numel >= _MANY else 1
+
+
+@lru_cache(maxsize=16)
+def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...], chunk: int) -> tuple[Tensor, Tensor]:
+    """The rows and chunks of a group on the device.
+
+    Cached, because tensors rarely move between steps: parameters and optimizer state never do, gradients come back to
+    the same place from torch's caching allocator. A table says nothing but where tensors are, and is found by that,
+    so it cannot be out of date. Per stream: the copy to the device is ordered before the kernels of its own only.
+    """
+    table = torch.tensor(rows, dtype=torch.int64)
+    counts = (table[:, 0] + chunk - 1) // chunk
+    row = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    number = torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]
+    both = upload(torch.cat([table.flatten(), row << 32 | number]), device)
+    return both[: table.numel()].view(table.shape), both[table.numel() :]
