@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench report gpu clean
 
 demo: $(READY)  ## learn data weights for noisy movie reviews, write noisy_finetuning_results/
 	$(BIN)/python -m sama_experiments.noisy_finetuning $(ARGS)
@@ -19,9 +19,16 @@ check: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## kernels and the whole meta step, JSON into bench/results/
+bench: $(READY)  ## kernels and the whole meta step: JSON and plots in bench/results/, tables on the terminal
 	$(BIN)/python -m bench.kernels --out bench/results
 	$(BIN)/python -m bench.meta_step --out bench/results
+	$(BIN)/python -m bench.report
+
+report: $(READY)  ## plots and README tables from what is in bench/results/
+	$(BIN)/python -m bench.report --write
+
+gpu:  ## on a machine with a GPU: build, GPU tests, sanitizers, benchmarks, with the packages that PYTHON has; see the script
+	PYTHON="$(PYTHON)" bash bench/gpu.sh
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

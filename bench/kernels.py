@@ -1,240 +1,268 @@
 """Time of every op against plain PyTorch, as GB/s of stated traffic: `python -m bench.kernels [--quick]`.
 
 How it measures. Contenders take turns (one call each per round), so that a slow spell of the machine hits all of them.
-Before each call its inputs are reset (v <- D d repeated would end in denormals) and a buffer larger than the private
-caches is written. Given are the median over the rounds and the spread between the 10th and the 90th percentile. GB/s
-is the traffic that the op cannot avoid (bytes read + written per element, as its docstring states) over the time, also
-for contenders that move more. `of copy` relates it to `Tensor.copy_` of a large buffer in the same rounds; ops in place
-reach more than 100 %, because a copy also has to read the lines that it overwrites. `step_size` is left out: it works
-on a handful of numbers.
+Before each call the caches are flushed, and inputs that would drift (v <- D d repeated would end in denormals) are
+reset. Before anything is timed, every contender's result is compared with the reference's; a wrong one is not timed,
+and the program ends with exit status 1. Given are the median over the rounds and the 10th and 90th percentile. GB/s is
+the traffic that the op cannot avoid (bytes read + written per element, as its docstring states) over the time, also for
+contenders that move more. `of copy` relates it to `Tensor.copy_` of 1e8 float32 in the same rounds, on memory that has
+been touched before. On a CPU ops in place can reach more than 100 %, because a copy also has to read the lines that it
+overwrites. On a GPU the time is that between two events; `host` is the time until the call has returned.
 
-Contenders: `cpu`, the compiled kernels; `reference`, plain PyTorch tensor by tensor; `foreach`, the same result by
-`torch._foreach_*` with scalars known on the host (perturb and restore keep a copy of theta: an extra buffer of the
-model's size, which the op does without); `compile`, torch.compile of the reference (the one-tensor list only: it
-takes minutes for hundreds of tensors). `adam_step` is torch's own fused Adam step on the same list, as a yardstick.
+Contenders: `cpu`, `cuda`, `triton`, the kernels of this library, as far as they run on the device; `reference`, plain
+PyTorch tensor by tensor; `foreach`, see bench/contenders.py; `compile`, torch.compile(fullgraph=True) of the reference.
+What torch.compile needs for compiling is not part of its times, but recorded. `element_wise_part` is adapt_norm_adam,
+step_size, both perturbations and restore in one go. `adam_step` is torch's own fused Adam step, as a yardstick.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
+from bench import timing
+from bench.cases import TOLERANCE, Expected, Op, fault, op_list
+from bench.contenders import Contender, Foreach, Library, fused_adam
+from bench.inputs import PRECISIONS, Inputs, memory_available, memory_needed
 from bench.measure import machine
-from sama_kernels import backends, ops
-from sama_kernels.backends import reference
+from bench.shapes import LISTS, Shapes, elements, scaled
+from sama_kernels import backends
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "maximize": False, "mode": 0}
-STEP = 100.0
-EPSILON = 0.01
-Shapes = list[tuple[int, ...]]
-Contender = tuple[Callable[[], object], Callable[[], object]]  # what to reset before a call, the call
+FUSED = ("cpu", "cuda", "triton")
+COPY_ELEMENTS = 100_000_000
+COMPILE_AT_MOST = 200  # tensors: the reference's code is unrolled over the list
+Calls = dict[str, tuple[timing.Call, timing.Call]]  # what to do before a call, the call
 
 
-def encoder(vocabulary: int, width: int, layers: int) -> Shapes:
-    """The parameters of a BERT encoder with a pooler, in their order."""
-    shapes: Shapes = [(vocabulary, width), (512, width), (2, width), (width,), (width,)]
-    for _ in range(layers):
-        shapes += [(width, width), (width,)] * 4 + [(width,)] * 2
-        shapes += [(4 * width, width), (4 * width,), (width, 4 * width), (width,), (width,), (width,)]
-    return [*shapes, (width, width), (width,)]
+class Bench:
+    """One run of the benchmark: its options, the clock, the copy that everything is related to, and the output."""
 
-
-LISTS: dict[str, Shapes] = {
-    "bert-base": encoder(30522, 768, 12),
-    "minilm": encoder(30522, 384, 6),
-    "flat": [(22_713_216,)],
-    "tiny": [(8,)] * 2000,
-}
-
-
-class Case:
-    """The tensors of one list and dtype, and for each op its contenders and its traffic in operands per element."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, compiled: bool):
-        def randn(scale: float = 1.0) -> list[Tensor]:
-            return [(scale * torch.randn(shape)).to(dtype) for shape in shapes]
-
-        self.v, self.saved, self.params, self.theta, self.grads = randn(), randn(), randn(), randn(), randn(0.01)
-        self.m = randn(0.01)
-        self.w = [(x.float().square() + 1e-6).to(dtype) for x in randn(0.01)]
-        self.steps = [torch.tensor(STEP)] * len(shapes)
-        self.epsilon = torch.tensor(EPSILON, dtype=torch.float64)
-        self.numel = sum(x.numel() for x in self.v)
-        self.itemsize = dtype.itemsize
-        self.backends = [b for b in ("cpu", "reference") if backends.unavailable(b, torch.device("cpu")) is None]
-        self.compiled = compiled
-
-    def reset(self, *pairs: tuple[list[Tensor], list[Tensor]]) -> Callable[[], object]:
-        def run() -> None:
-            for destination, source in pairs:
-                torch._foreach_copy_(destination, source)
-
-        return run
-
-    def ops(self) -> dict[str, tuple[int, dict[str, Contender]]]:
-        """Name -> (operands read and written per element, contenders)."""
-        reset_v, reset_both = (
-            self.reset((self.v, self.saved)),
-            self.reset((self.v, self.saved), (self.params, self.theta)),
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.quick = options.scale < 1
+        flush = (32 << 20) if self.quick else None
+        self.clock: timing.Clock = (
+            timing.CudaClock(self.device, flush) if self.device.type == "cuda" else timing.CpuClock(flush)
         )
-        state = (self.grads, self.m, self.w, [], [], self.steps)
+        self.source = torch.randn(max(1, int(COPY_ELEMENTS * options.scale)), device=self.device)
+        self.target = self.source.clone()
+        self.about = machine()
+        self.end = time.monotonic() + options.stop_after
+        self.wrong = False
+        self.file: Path | None = None
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            self.file = options.out / f"kernels_{self.device.type}.jsonl"
+            self.file.write_text("")
 
-        def contenders(
-            reset: Callable[[], object], run: Callable[[str], object], foreach: Callable[[], object], plain: str = ""
-        ) -> dict[str, Contender]:
-            found: dict[str, Contender] = {b: (reset, lambda b=b: run(b)) for b in self.backends}  # type: ignore[misc]
-            found["foreach"] = (reset, foreach)
-            if self.compiled and plain:
-                function = getattr(reference, plain)
-                compiled = torch.compile(function, dynamic=False)
-                found["compile"] = (reset, lambda: compiled(*self.arguments(plain)))
-            return found
+    def write(self, **row: Any) -> None:
+        """A JSON line: a measurement, or why there is none."""
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"device": self.device.type, **row, "machine": self.about}) + "\n")
 
-        return {
-            "adapt_norm_adam": (5, contenders(
-                reset_v, lambda b: ops.adapt_norm_adam(self.v, *state, **ADAM, backend=b), self.foreach_adam,
-                "adapt_norm_adam")),
-            "adapt_norm_scale": (2, contenders(
-                reset_v, lambda b: ops.adapt_norm_scale(self.v, 0.3, backend=b), self.foreach_scale,
-                "adapt_norm_scale")),
-            "perturb": (4, contenders(
-                reset_both, lambda b: ops.perturb(self.params, self.v, self.epsilon, ops.PLUS, backend=b),
-                self.foreach_perturb, "perturb")),
-            "restore": (3, contenders(
-                reset_both, lambda b: ops.restore(self.params, self.v, backend=b),
-                lambda: torch._foreach_copy_(self.params, self.theta), "restore")),
-            "central_difference": (3, contenders(
-                reset_v, lambda b: ops.central_difference(self.v, self.m, [], self.epsilon, self.epsilon, backend=b),
-                self.foreach_difference, "central_difference")),
-        }  # fmt: skip
+    def note(self, text: str, **row: Any) -> None:
+        """Say why something is not measured, on the terminal and in the file."""
+        tqdm.write(text, file=sys.stderr)
+        self.write(note=text, **row)
 
-    def arguments(self, op: str) -> tuple[Any, ...]:
-        """The positional arguments of the reference kernels."""
-        scalars = [ADAM[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "mode")]
-        return {
-            "adapt_norm_adam": (self.v, self.grads, self.m, self.w, [], [], self.steps, None, *scalars),
-            "adapt_norm_scale": (self.v, None, 0.3),
-            "perturb": (self.params, self.v, self.epsilon, ops.PLUS),
-            "restore": (self.params, self.v),
-            "central_difference": (self.v, self.m, [], self.epsilon, self.epsilon),
-        }[op]
+    def fused_backends(self) -> list[str]:
+        """Those that run on the device; says why the others do not, if they are made for it."""
+        found = []
+        for name in FUSED:
+            why = backends.unavailable(name, self.device)
+            if why is None:
+                found.append(name)
+            elif (name == "cpu") == (self.device.type == "cpu"):
+                self.note(f"{name} backend unavailable: {why}", backend=name)
+        return found
 
-    def foreach_adam(self) -> Tensor:
-        """D = lr/c1 ((1-b1) s - (1-b2) m g / (c2 s)) / q^2 by torch._foreach_*; 0/0 where w = 0 is not dealt with."""
-        lr, b1, b2, eps = (ADAM[name] for name in ("lr", "beta1", "beta2", "eps"))
-        c1, c2 = 1 - b1**STEP, 1 - b2**STEP
-        s = torch._foreach_sqrt(self.w)
-        torch._foreach_mul_(s, c2**-0.5)
-        second = torch._foreach_mul(self.m, self.grads)
-        torch._foreach_div_(second, s)
-        torch._foreach_mul_(second, (1 - b2) / c2)
-        q = torch._foreach_add(s, eps)
-        torch._foreach_mul_(q, q)
-        torch._foreach_mul_(s, 1 - b1)
-        torch._foreach_sub_(s, second)
-        torch._foreach_div_(s, q)
-        torch._foreach_mul_(s, lr / c1)
-        torch._foreach_mul_(self.v, s)
-        return torch.stack(torch._foreach_norm(self.v)).double().square().sum()
+    def run(self) -> None:
+        """All lists and dtypes."""
+        fused = self.fused_backends()
+        plan = [(name, dtype) for name in self.options.lists for dtype in self.options.dtypes or self.usual(name)]
+        progress = tqdm(plan, file=sys.stderr, unit="list", disable=None)
+        for list_name, dtype in progress:
+            progress.set_postfix_str(f"{list_name} {dtype}")
+            torch._dynamo.reset()
+            shapes = scaled(LISTS[list_name], self.options.scale) if self.quick else LISTS[list_name]
+            key = {"list": list_name, "dtype": dtype, "tensors": len(shapes), "elements": elements(shapes)}
+            needed, there = memory_needed(shapes, PRECISIONS[dtype]), memory_available(self.device)
+            if time.monotonic() > self.end:
+                self.note(f"{list_name} {dtype}: not begun, --stop-after is over", **key)
+            elif needed > there:
+                lacking = f"needs about {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are available"
+                self.note(f"{list_name} {dtype}: skipped, {lacking}", **key)
+            else:
+                self.measure_list(shapes, fused, key, progress)
 
-    def foreach_scale(self) -> Tensor:
-        torch._foreach_mul_(self.v, 0.3)
-        return torch.stack(torch._foreach_norm(self.v)).double().square().sum()
+    def usual(self, list_name: str) -> list[str]:
+        """dtypes that are measured if --dtypes is not given: on a CPU the less, as the reference takes seconds."""
+        if self.device.type == "cuda":
+            return ["fp32", "bf16-fp32state", "bf16"]
+        return ["fp32", "bf16-fp32state"] if list_name == "bert-base" else ["fp32"]
 
-    def foreach_perturb(self) -> None:
-        torch._foreach_copy_(self.saved, self.params)
-        torch._foreach_add_(self.params, self.v, alpha=EPSILON)
+    def measure_list(self, shapes: Shapes, fused: list[str], key: dict[str, Any], progress: Any) -> None:
+        """All ops for one list and dtype."""
+        precision = PRECISIONS[key["dtype"]]
+        inputs = Inputs(shapes, precision, self.device)
+        contenders = self.contenders(inputs, fused, key)
+        copies: Calls = {
+            "copy": (lambda: None, lambda: self.target.copy_(self.source)),
+            "list copy": (lambda: None, lambda: torch._foreach_copy_(contenders["foreach"].params, inputs.theta)),
+        }
+        for _, copy in copies.values():
+            copy()  # the contenders are warmed up by the check
+        for op in op_list(precision):
+            if self.left_out(op, key):
+                continue
+            if time.monotonic() > self.end:
+                self.note(f"{key['list']} {key['dtype']} {op.name}: not begun, --stop-after is over", op=op.name, **key)
+                continue
+            progress.set_postfix_str(f"{key['list']} {key['dtype']} {op.name}")
+            racing = {n: c for n, c in contenders.items() if not op.only_library or n in fused}
+            right, compile_s = self.checked(op, racing, contenders["reference"], key)
+            calls = {name: (partial(op.reset, c), partial(op.call, c)) for name, c in right.items()}
+            self.time_op(op.name, op.bytes_per_element, {**copies, **calls}, key, {"compile": compile_s})
+        if precision.values == precision.state and "adam_step" in self.options.ops:
+            adam: Calls = {"torch fused": (lambda: None, fused_adam(inputs))}
+            self.time_op("adam_step", 7 * precision.values.itemsize, {**copies, **adam}, key, {})
 
-    def foreach_difference(self) -> None:
-        torch._foreach_sub_(self.v, self.m)
-        torch._foreach_mul_(self.v, -0.5 / EPSILON)
+    def contenders(self, inputs: Inputs, fused: list[str], key: dict[str, Any]) -> dict[str, Contender]:
+        lists = ([torch.empty_like(x) for x in inputs.theta], [torch.empty_like(x) for x in inputs.theta])
+        found: dict[str, Contender] = {name: Library(inputs, name, lists) for name in (*fused, "reference")}
+        found["foreach"] = Foreach(inputs)
+        if self.options.compile == "all" or self.options.compile == key["dtype"]:
+            if key["tensors"] <= COMPILE_AT_MOST:
+                found["compile"] = Library(inputs, "reference", lists, compiled=True)
+            else:
+                self.note(
+                    f"{key['list']}: torch.compile is left out, {key['tensors']} tensors would take too long", **key
+                )
+        return found
 
-    def fused_adam(self) -> Contender:
-        copies = [p.clone().requires_grad_() for p in self.params]
-        for p, g in zip(copies, self.grads, strict=True):
-            p.grad = g
-        optimizer = torch.optim.Adam(copies, fused=True)
-        return (lambda: None), optimizer.step
+    def left_out(self, op: Op, key: dict[str, Any]) -> bool:
+        """By --ops; and what does not touch the optimizer state is measured once per dtype of the parameters."""
+        stateful = op.name in ("adapt_norm_adam", "element_wise_part")
+        twin = key["dtype"] == "bf16" and "bf16-fp32state" in (self.options.dtypes or self.usual(key["list"]))
+        return not any(op.name.startswith(name) for name in self.options.ops) or (twin and not stateful)
 
-
-def measure(contenders: dict[str, Contender], rounds: int, flush: Tensor) -> dict[str, list[float]]:
-    """Seconds per call, contenders taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(-1, rounds):  # the first round warms up
-        for name, (reset, call) in contenders.items():
-            reset()
-            flush.add_(1)
+    def checked(
+        self, op: Op, contenders: dict[str, Contender], reference: Contender, key: dict[str, Any]
+    ) -> tuple[dict[str, Contender], float]:
+        """The contenders with the right result, in the state to be timed, and how long torch.compile took."""
+        assert isinstance(reference, Library)
+        expected = Expected.of(op, reference)
+        right, compile_s = {}, 0.0
+        for name, contender in contenders.items():
             start = time.perf_counter()
-            call()
-            if round_number >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+            tolerance = TOLERANCE[PRECISIONS[key["dtype"]].values]
+            why_not = fault(op, contender, expected, tolerance) if contender is not reference else None
+            if name == "compile":
+                compile_s = time.perf_counter() - start
+            if why_not is None:
+                right[name] = contender
+            else:
+                self.wrong = True
+                text = f"{key['list']} {key['dtype']} {op.name}: {name} is not timed: {why_not}"
+                self.note(text, op=op.name, contender=name, refused=why_not, **key)
+        for contender in right.values():
+            op.begin(contender)
+        return right, compile_s
+
+    def time_op(
+        self, op: str, bytes_per_element: int, calls: Calls, key: dict[str, Any], compile_s: dict[str, float]
+    ) -> None:
+        """Time all contenders of one op, and write a row for each."""
+        times = timing.interleaved(self.clock, calls, self.options.rounds, self.options.seconds, self.options.at_least)
+        medians = {name: timing.spread(t.work)[0] for name, t in times.items()}
+        copy_rate = 2 * self.source.nbytes / medians["copy"]
+        list_bytes = 2 * key["elements"] * PRECISIONS[key["dtype"]].values.itemsize
+        for name, t in times.items():
+            median, low, high = timing.spread(t.work)
+            yardstick = {"copy": copy_rate, "list copy": list_bytes / median}.get(name)
+            rate = bytes_per_element * key["elements"] / median if yardstick is None else yardstick
+            baselines = [] if yardstick else [n for n in ("reference", "foreach", "compile") if n in times]
+            row = {
+                **key, "threads": torch.get_num_threads(), "scale": self.options.scale, "op": op, "contender": name,
+                "bytes_per_element": bytes_per_element, "median_s": median, "p10_s": low, "p90_s": high,
+                "host_s": timing.spread(t.host)[0], "rounds": len(t.work), "gb_per_s": rate / 1e9,
+                "of_copy": rate / copy_rate, "of_list_copy": rate * medians["list copy"] / list_bytes,
+                **{f"speedup_over_{n}": medians[n] / median for n in baselines},
+                **({"compile_s": compile_s[name]} if name in compile_s else {}),
+            }  # fmt: skip
+            self.write(**row)
+            tqdm.write(table_line(row), file=sys.stdout)
 
 
-def main() -> None:
+def table_line(row: dict[str, Any]) -> str:
+    spread = f"{row['p10_s'] * 1e3:.3f}..{row['p90_s'] * 1e3:.3f}"
+    speedup = f"{row['speedup_over_reference']:8.1f}x" if "speedup_over_reference" in row else ""
+    start = f"{row['list']:10}{row['dtype']:15}{row['threads']:3} {row['op']:24}{row['contender']:12}"
+    return (
+        f"{start}{row['median_s'] * 1e3:11.3f} {spread:>21}{row['host_s'] * 1e3:10.3f}"
+        f"{row['gb_per_s']:9.1f}{row['of_copy']:8.0%}{speedup}"
+    )
+
+
+HEADER = (
+    f"{'list':10}{'dtype':15}{'thr':>3} {'op':24}{'contender':12}{'ms':>11} {'10..90 %':>21}{'host ms':>10}"
+    f"{'GB/s':>9}{'of copy':>8}{'speedup':>9}"
+)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    names = [*dict.fromkeys(op.name for p in PRECISIONS.values() for op in op_list(p)), "adam_step"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="5 rounds, fp32, without bert-base and torch.compile")
-    parser.add_argument("--lists", nargs="+", choices=LISTS, default=list(LISTS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--lists", nargs="+", choices=LISTS, default=["flat", "bert-base", "tiny"])
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, help="default: on a GPU the first three; on a CPU"
+                        " fp32, for bert-base the second too")  # fmt: skip
+    parser.add_argument("--ops", nargs="+", metavar="OP", default=names, help="names or their beginnings")
+    parser.add_argument("--compile", choices=["all", "none", *PRECISIONS],
+                        help="dtypes for which torch.compile takes part (takes minutes); default: fp32")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="append JSON lines to FOLDER/kernels.jsonl")
-    options = parser.parse_args()
+    parser.add_argument("--at-least", type=int, default=5, help="rounds, whatever --seconds says")
+    parser.add_argument("--seconds", type=float, default=2.5, help="per op: no new round after this time")
+    parser.add_argument(
+        "--stop-after", type=float, default=float("inf"), metavar="SECONDS", help="no new op after this"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="of the tensors' sizes, to try things out")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 rounds, 1/100 of the size, no torch.compile: that it runs"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write FOLDER/kernels_<device>.jsonl (a new file)")
+    options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.dtypes = 5, ["fp32"]
-        options.lists = [name for name in options.lists if name != "bert-base"]
-    flush, large, target = torch.zeros(8 << 20), torch.randn(22_713_216), torch.empty(22_713_216)
-    copy: Contender = ((lambda: None), lambda: target.copy_(large))
-    about = machine()
-    print(json.dumps(about), file=sys.stderr)
-    print(f"{'list':10}{'dtype':6}{'threads':>8} {'op':20}{'contender':11}{'ms':>9} {'10..90 %':>17}"
-          f"{'GB/s':>7}{'of copy':>9}{'speedup':>9}")  # fmt: skip
-    for list_name in options.lists:
-        for dtype in options.dtypes:
-            case = Case(LISTS[list_name], DTYPES[dtype], compiled=list_name == "flat" and not options.quick)
-            table = case.ops()
-            table["adam_step"] = (7, {"torch fused": case.fused_adam()})
-            for threads in options.threads:
-                torch.set_num_threads(threads)
-                for op, (operands, contenders) in table.items():
-                    times = measure({"copy": copy, **contenders}, options.rounds, flush)
-                    report(options.out, about, list_name, dtype, threads, op, operands * case.itemsize, case, times)
+        options.rounds, options.at_least, options.scale = 3, 3, min(options.scale, 0.01)
+    options.compile = options.compile or ("none" if options.quick else "fp32")
+    return options
 
 
-def report(
-    out: Path | None, about: dict[str, Any], list_name: str, dtype: str, threads: int, op: str, bytes_per_element: int,
-    case: Case, times: dict[str, list[float]],
-) -> None:  # fmt: skip
-    copy = 8 * 22_713_216 / statistics.median(times.pop("copy"))
-    base = statistics.median(times["reference"]) if "reference" in times else None
-    for contender, seconds in times.items():
-        median, (low, *_, high) = statistics.median(seconds), statistics.quantiles(seconds, n=10)
-        rate = bytes_per_element * case.numel / median
-        row = {
-            "list": list_name, "tensors": len(case.v), "elements": case.numel, "dtype": dtype, "threads": threads,
-            "op": op, "contender": contender, "bytes_per_element": bytes_per_element, "median_s": median,
-            "p10_s": low, "p90_s": high, "rounds": len(seconds), "gb_per_s": rate / 1e9, "of_copy": rate / copy,
-            "speedup_over_reference": base / median if base else None, "machine": about,
-        }  # fmt: skip
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            with (out / "kernels.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        speedup = f"{base / median:8.1f}x" if base else ""
-        spread = f"{low * 1e3:8.2f}..{high * 1e3:.2f}"
-        print(f"{list_name:10}{dtype:6}{threads:8} {op:20}{contender:11}{median * 1e3:9.2f} {spread:>17}"
-              f"{rate / 1e9:7.1f}{rate / copy:9.0%}{speedup}", flush=True)  # fmt: skip
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 1 if a contender was refused for a wrong result."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # contenders.Library compiles all ops by way of one function
+    bench = Bench(options)
+    print(json.dumps(bench.about), file=sys.stderr)
+    print(HEADER)
+    with torch.no_grad():
+        bench.run()
+    return int(bench.wrong)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -52,13 +53,47 @@ def paired_ratio(values: list[float], reference: list[float]) -> dict[str, float
 
 def machine() -> dict[str, Any]:
     """Where a figure was measured, and with what: the program's own facts, and those that only benchmarks need."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return {
         **report.machine(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "load": os.getloadavg()[0],
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
-        "versions": report.versions(),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "versions": {**report.versions(), "triton": installed("triton"), "cuda": torch.version.cuda},
+        **(gpu() if torch.cuda.is_available() else {}),
+        "commit": commit(),
     }
+
+
+def gpu() -> dict[str, Any]:
+    """What tells GPUs of the same name apart."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_cache_bytes": properties.L2_cache_size,
+    }
+
+
+def commit() -> str:
+    """Of the working tree; $COMMIT where there is no git or no repository (a copy of the tree on another machine)."""
+    head = output_of("git", "rev-parse", "--short", "HEAD")
+    changed = output_of("git", "status", "--porcelain", "-uno")
+    return head + ("+changes" if changed else "") if head else os.environ.get("COMMIT", "unknown")
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; empty if it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,7 +1,8 @@
 """`python -m bench.meta_step`: time and memory of a whole meta step against a plain base step, on a BERT.
 
-Candidates, interleaved: the plain base step (no meta learner); a meta step with the compiled kernels, with the
-reference backend, and SAMA written in plain PyTorch with `torch._foreach_*`, theta frozen in its passes or not.
+Candidates, interleaved: the plain base step (no meta learner); a meta step with the compiled kernels (on a GPU the CUDA
+C++ and the Triton ones), with the reference backend, and SAMA written in plain PyTorch with `torch._foreach_*`, theta
+frozen in its passes or not.
 Per unroll length, the time of `unroll` base steps and one meta step over that of `unroll` plain steps.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sama_kernels as sk
+from bench.contenders import foreach_adam
 from bench.measure import interleaved, machine, paired_ratio, spread
 from sama_experiments.memory import peak_bytes
+from sama_kernels import backends
 
 SIZES = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
+
+BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 class Workload:
@@ -114,42 +120,47 @@ class Workload:
                 plus.sub_(minus).div_(-2 * epsilon)
 
     def foreach_adapt(self, theta: list[Tensor], d: list[Tensor]) -> list[Tensor]:
-        """v = D d for Adam without decay, adaptation "paper", in the memory of d (see ops.adapt_norm_adam)."""
+        """v = D d in the memory of d."""
         states = [self.optimizer.state[p] for p in theta]
-        (beta1, beta2), lr = self.optimizer.defaults["betas"], self.optimizer.defaults["lr"]
-        t = float(states[0]["step"])
-        w = [s["exp_avg_sq"] for s in states]
-        r = torch._foreach_mul([s["exp_avg"] for s in states], [p.grad for p in theta])
-        torch._foreach_div_(r, torch._foreach_add(w, 1e-38))
-        torch._foreach_mul_(r, beta2 - 1)
-        torch._foreach_add_(r, 1 - beta1)
-        s = torch._foreach_sqrt(w)
-        torch._foreach_div_(s, (1 - beta2**t) ** 0.5)
-        torch._foreach_mul_(r, s)
-        torch._foreach_add_(s, self.optimizer.defaults["eps"])
-        torch._foreach_div_(r, s)
-        torch._foreach_div_(r, s)
-        torch._foreach_mul_(d, r)
-        torch._foreach_mul_(d, lr / (1 - beta1**t))
+        m, w = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        options = self.optimizer.defaults
+        foreach_adam(
+            d, [p.grad for p in theta], m, w, lr=options["lr"], betas=options["betas"], eps=options["eps"],
+            step=float(states[0]["step"]),
+        )  # fmt: skip
         return d
+
+
+def compiled_backends(device: torch.device) -> dict[str, str]:
+    """Names of the candidates with kernels of this library: one on the CPU, up to two on a GPU."""
+    missing = unavailable_backends(device)
+    there = [backend for backend in BACKENDS[device.type] if backend not in missing]
+    names = {"cpu": "meta step"} | {backend: f"meta step, {backend} backend" for backend in ("cuda", "triton")}
+    return {names[backend]: backend for backend in there}
+
+
+def unavailable_backends(device: torch.device) -> dict[str, str]:
+    """Why those that are made for this device cannot run."""
+    reasons = {backend: backends.unavailable(backend, device) for backend in BACKENDS[device.type]}
+    return {backend: why for backend, why in reasons.items() if why is not None}
 
 
 def measure(workload: Workload, rounds: int, device: torch.device) -> dict[str, Any]:
     """Times, ratios and peaks of one workload."""
-    backend = "cpu" if device.type == "cpu" else "auto"
     workload.weighted_step()
     workload.weighted_step()
     candidates: dict[str, Callable[[], None]] = {
         "plain base step": workload.plain_step,
         "weighted base step": workload.weighted_step,
-        "meta step": lambda: workload.meta_step(backend),
+        **{name: partial(workload.meta_step, backend) for name, backend in compiled_backends(device).items()},
         "meta step, reference backend": lambda: workload.meta_step("reference"),
         "meta step, plain PyTorch": lambda: workload.plain_pytorch_meta_step(freeze=True),
         "meta step, plain PyTorch, theta not frozen": lambda: workload.plain_pytorch_meta_step(freeze=False),
     }
     seconds = interleaved(candidates, rounds)
     plain, base = seconds["plain base step"], seconds["weighted base step"]
-    results: dict[str, Any] = {"seconds": {name: spread(values) for name, values in seconds.items()}}
+    results: dict[str, Any] = {"backends that cannot run": unavailable_backends(device)}
+    results |= {"seconds": {name: spread(values) for name, values in seconds.items()}}
     results["relative to a plain base step"] = {n: paired_ratio(v, plain) for n, v in seconds.items()}
     for name in list(candidates)[2:]:
         for unroll in (1, 10):

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, within ten minutes and without a network: `make gpu` (or bench/gpu.sh).
+#
+#   PYTHON   the interpreter that has torch (python3)        OUT     where results go (gpu_results): at most 8 files
+#   WHEELS   a folder of wheels of packages that are missing  COMMIT  what the JSON calls this tree where there is no git
+#   DRY_RUN=1  go through the same steps on the CPU with small sizes, as far as they go
+#
+# Builds in place, runs the tests marked `gpu`, compute-sanitizer over every kernel, both benchmarks and the report. A
+# step that fails or takes too long does not stop the others. OUT/summary.json says how each went; exit status 0 means
+# that all of them succeeded.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-gpu_results}
+DRY_RUN=${DRY_RUN:-0}
+TOTAL=540 # seconds for all steps but the report
+BEGIN=$SECONDS
+PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer
+
+if ! "$PYTHON" -c 'import torch'; then
+    echo "gpu.sh: $PYTHON has no torch; set PYTHON to an interpreter that has it" >&2
+    exit 1
+fi
+if [ "$DRY_RUN" = 1 ]; then
+    device=cpu
+    export CUDA_VISIBLE_DEVICES=
+elif capability=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null); then
+    device=cuda
+    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} # only for the GPU that is here: a shorter build
+else
+    echo "gpu.sh: no GPU: torch sees no CUDA device. DRY_RUN=1 goes through the steps on the CPU." >&2
+    exit 1
+fi
+
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+rm -f "$OUT"/summary.json "$OUT"/steps.log "$OUT"/tests.xml "$OUT"/kernels_*.{jsonl,png} "$OUT"/meta_step_*.json
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONPATH="$PWD:$PWD/python:$scratch/packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton" MPLCONFIGDIR="$scratch"
+
+# step NAME LIMIT COMMAND...: run it for at most LIMIT seconds, less if the time for all steps runs out; note the result.
+step() {
+    local name=$1 limit=$2 begin=$SECONDS status
+    shift 2
+    local left=$((TOTAL - (SECONDS - BEGIN)))
+    [ "$limit" -gt "$left" ] && limit=$left
+    echo "=== $name (at most $limit s): $*" | tee -a "$OUT/steps.log"
+    if [ "$limit" -gt 0 ]; then
+        timeout --kill-after=5 "$limit" "$@" >>"$OUT/steps.log" 2>&1
+        status=$?
+    else
+        status=124
+    fi
+    echo "=== $name: exit status $status after $((SECONDS - begin)) s" | tee -a "$OUT/steps.log"
+    printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$limit" >>"$scratch/steps"
+}
+
+# skip NAME WHY: note that a step was left out.
+skip() {
+    echo "=== $1: skipped, $2" | tee -a "$OUT/steps.log"
+    printf '%s\tskipped\t0\t%s\n' "$1" "$2" >>"$scratch/steps"
+}
+
+# sanitize TOOL OPTION...: run every kernel under a tool of compute-sanitizer.
+sanitize() {
+    local tool=$1
+    shift
+    if command -v compute-sanitizer >/dev/null; then
+        # Without torch's caching allocator every tensor is an allocation of its own, with an end that is watched.
+        step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "$@" \
+            --error-exitcode 9 --print-limit 20 "$PYTHON" -m bench.sanitize
+    else
+        skip "$tool" "compute-sanitizer is not in PATH"
+    fi
+}
+
+if [ -n "${WHEELS:-}" ]; then
+    step wheels 60 "$PYTHON" -m pip install --no-index --no-deps --target "$scratch/packages" "$WHEELS"/*.whl
+fi
+step build 150 "$PYTHON" setup.py build_ext --inplace --force --build-temp "$scratch/build"
+step tests 120 "$PYTHON" -m pytest -q -m gpu --junitxml "$OUT/tests.xml" -p no:cacheprovider
+if [ "$device" = cuda ]; then
+    # API errors that torch causes and handles are no fault of the kernels, whose launches are checked where they happen.
+    sanitize memcheck --report-api-errors no
+    sanitize racecheck
+    step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
+    step meta_step_base 50 "$PYTHON" -m bench.meta_step --model base --batch 32 --tokens 128 --rounds 10 --out "$OUT"
+    step kernels 190 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 165 \
+        --lists flat tiny bert-base llama-1b
+else
+    step sanitizer_driver 75 "$PYTHON" -m bench.sanitize
+    skip memcheck "it needs a GPU"
+    skip racecheck "it needs a GPU"
+    step kernels 190 "$PYTHON" -m bench.kernels --quick --out "$OUT" --lists flat tiny bert-base
+    step meta_step_tiny 60 "$PYTHON" -m bench.meta_step --model tiny --batch 2 --tokens 8 --rounds 3 --out "$OUT"
+fi
+TOTAL=$((TOTAL + 40))
+step report 40 "$PYTHON" -m bench.report --results "$OUT"
+"$PYTHON" -m bench.gpu_summary "$scratch/steps" "$OUT" --device "$device"

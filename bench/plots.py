@@ -1,0 +1,67 @@
+"""The plots of `bench.report`: bars per op and contender, a row of panels per list and dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, or there
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+COLOURS = {
+    "cpu": "tab:blue", "cuda": "tab:blue", "triton": "tab:cyan", "foreach": "tab:orange", "compile": "tab:green",
+    "reference": "tab:gray",
+}  # fmt: skip
+NAMES = {"reference": "eager", "foreach": "torch._foreach_*", "compile": "torch.compile"}
+BASELINES = ("reference", "foreach", "compile")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Left: share of the copy bandwidth of every contender. Right: speedup of the fused kernels over the baselines."""
+    lists = list(dict.fromkeys((row["list"], row["dtype"]) for row in rows))
+    figure, panels = plt.subplots(len(lists), 2, figsize=(14, 3.2 * len(lists)), squeeze=False, layout="constrained")
+    for (list_name, dtype), (left, right) in zip(lists, panels, strict=True):
+        chosen = [row for row in rows if row["list"] == list_name and row["dtype"] == dtype]
+        chosen = [row for row in chosen if row["contender"] in COLOURS]
+        moving = [row for row in chosen if row["bytes_per_element"]]
+        shares = {name: values(moving, name, "of_copy") for name in COLOURS}
+        bars(left, shares, {name: COLOURS[name] for name in COLOURS}, f"{list_name}, {dtype}: share of a copy's GB/s")
+        left.axhline(1.0, color="black", linewidth=0.8)
+        speedups, colours = {}, {}
+        for fused in ("cpu", "cuda", "triton"):
+            for baseline in BASELINES:
+                label = f"{fused} over {NAMES[baseline]}"
+                speedups[label] = values(chosen, fused, f"speedup_over_{baseline}")
+                colours[label] = COLOURS[baseline]
+        bars(right, speedups, colours, f"{list_name}, {dtype}: times as fast")
+        right.set_yscale("log")
+        right.axhline(1.0, color="black", linewidth=0.8)
+    about = rows[0]["machine"]
+    where = about["gpu"] if rows[0]["device"] == "cuda" else f"{about['processor']}, {rows[0]['threads']} threads"
+    figure.suptitle(f"{where}, commit {about['commit']}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def values(rows: list[Row], contender: str, key: str) -> dict[str, float]:
+    """`key` per op, of one contender."""
+    return {row["op"]: row[key] for row in rows if row["contender"] == contender and key in row}
+
+
+def bars(axes: Axes, series: dict[str, dict[str, float]], colours: dict[str, str], title: str) -> None:
+    """Groups of bars, one group per op; series without values are left out."""
+    series = {name: found for name, found in series.items() if found}
+    ops = list(dict.fromkeys(op for found in series.values() for op in found))
+    width = 0.8 / max(1, len(series))
+    for i, (name, found) in enumerate(series.items()):
+        places = [ops.index(op) + (i - (len(series) - 1) / 2) * width for op in found]
+        hatch = "//" if name.startswith("triton over") else None  # else two backends would look the same
+        axes.bar(places, list(found.values()), width, label=NAMES.get(name, name), color=colours[name], hatch=hatch)
+    axes.set_xticks(range(len(ops)), [op.replace("_", "\n", 1) for op in ops], fontsize=7)
+    axes.set_title(title, fontsize=9)
+    if series:
+        axes.legend(fontsize=7)
