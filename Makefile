@@ -30,7 +30,7 @@ report: $(READY)  ## plots and README tables from what is in bench/results/
 gpu:  ## on a machine with a GPU: build, GPU tests, sanitizers, benchmarks, with the packages that PYTHON has; see the script
 	PYTHON="$(PYTHON)" bash bench/gpu.sh
 
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/*)
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; call make with PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv \
