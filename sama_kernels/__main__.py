@@ -10,7 +10,8 @@ def main() -> None:
     facts = info()
     build = facts["build"]
     print(f"sama_kernels {facts['version']}, torch {facts['torch']}")
-    print(f"build: CPU {'yes' if build['cpu'] else 'no'}, CUDA {'yes' if build['cuda'] else 'no'}")
+    architectures = f" ({', '.join(build['cuda_arch_list'])})" if build["cuda"] else ""
+    print(f"build: CPU {'yes' if build['cpu'] else 'no'}, CUDA {'yes' if build['cuda'] else 'no'}{architectures}")
     print(f"optimizers with an adaptation: {', '.join(facts['optimizers'])}")
     for op, choices in facts["ops"].items():
         for device, choice in choices.items():

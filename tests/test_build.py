@@ -40,7 +40,8 @@ def setup(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         (tmp_path / name).write_text("stands for the real one")
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        variables = {k: v for k, v in os.environ.items() if not k.startswith("SAMA_KERNELS")} | environment
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(("SAMA_KERNELS", "TORCH_CUDA", "CUDA_"))}
+        variables |= environment
         command = [sys.executable, "setup.py", "-q", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=variables, text=True, capture_output=True)
 
@@ -91,10 +92,80 @@ def test_missing_torch(setup: Callable[..., subprocess.CompletedProcess[str]], t
     assert "torch was not found" in message and "--no-build-isolation" in message
 
 
-def test_cuda_asked_for(setup: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    assert "no CUDA kernels" in one_message(setup("--version", SAMA_KERNELS_CUDA="1"))
-    assert setup("--version", SAMA_KERNELS_CUDA="auto").stdout.strip() == sama_kernels.__version__
+@pytest.fixture
+def fake_nvcc(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Environments in which the only nvcc is one that says it is of this release; "" for none at all."""
+
+    def environment(release: str) -> dict[str, str]:
+        fake = tmp_path / "toolkit/bin/nvcc"
+        fake.parent.mkdir(parents=True, exist_ok=True)
+        fake.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+        fake.chmod(0o755)
+        (tmp_path / "toolkit/lib64").mkdir(exist_ok=True)
+        (tmp_path / "toolkit/lib64/libcudart_static.a").touch()
+        (tmp_path / "sitecustomize.py").write_text(
+            "import shutil\n"
+            "which = shutil.which\n"
+            f"nvcc = {str(fake) if release else None!r}\n"
+            "shutil.which = lambda name, *rest, **more: nvcc if name == 'nvcc' else which(name, *rest, **more)\n"
+        )
+        return {"PYTHONPATH": str(tmp_path)}
+
+    return environment
+
+
+def test_cuda_asked_for(
+    setup: Callable[..., subprocess.CompletedProcess[str]], fake_nvcc: Callable[[str], dict[str, str]]
+) -> None:
+    message = one_message(setup("--version", SAMA_KERNELS_CUDA="1", **fake_nvcc("")))
+    assert "SAMA_KERNELS_CUDA=1, but no nvcc in CUDA_HOME, CUDA_PATH, PATH" in message and "12.8 or newer" in message
+    without = setup("--version", SAMA_KERNELS_CUDA="auto", **fake_nvcc(""))
+    assert without.stdout.strip() == sama_kernels.__version__
+    assert "without CUDA kernels, because no nvcc" in without.stderr
+    message = one_message(setup("--version", SAMA_KERNELS_CUDA="1", **fake_nvcc("12.6")))
+    assert "nvcc is of CUDA 12.6. The CUDA kernels need" in message
+    assert "is none of auto, 0, 1" in one_message(setup("--version", SAMA_KERNELS_CUDA="on"))
     assert "is none of 0, 1" in one_message(setup("--version", SAMA_KERNELS_EXT="yes"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "archs", "code"),
+    [
+        ("", "8.0;9.0;10.0+PTX", "sm_80 sm_90 sm_100 compute_100"),
+        ("8.0 9.0", "8.0;9.0", "sm_80 sm_90"),
+        ("9.0a;10.0f+PTX", "9.0a;10.0f+PTX", "sm_90a sm_100f compute_100f"),
+        ("Ampere, Hopper+PTX", "8.0;8.6+PTX;9.0+PTX", "sm_80 sm_86 compute_86 sm_90 compute_90"),
+    ],
+)
+def test_architectures(
+    setup: Callable[..., subprocess.CompletedProcess[str]],
+    fake_nvcc: Callable[[str], dict[str, str]],
+    tmp_path: Path,
+    wanted: str,
+    archs: str,
+    code: str,
+) -> None:
+    script = tmp_path / "flags.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "sys.argv = ['setup.py', '-q', '--version']\n"
+        "names = runpy.run_path('setup.py')\n"
+        "found = names['cuda_archs']()\n"
+        "print(';'.join(found), *(flag.rpartition('code=')[2] for flag in names['gencode'](found)))\n"
+    )
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": wanted, **fake_nvcc("13.0")}
+    result = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, text=True, capture_output=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == f"{archs} {code}"
+
+
+def test_an_unknown_architecture(
+    setup: Callable[..., subprocess.CompletedProcess[str]], fake_nvcc: Callable[[str], dict[str, str]]
+) -> None:
+    for wanted in ("Hoper", "6.1", "90"):
+        message = one_message(setup("--version", TORCH_CUDA_ARCH_LIST=f"8.0;{wanted}", **fake_nvcc("13.0")))
+        assert f"'{wanted}' is no compute capability from 7.0 on" in message
 
 
 def test_pure_python_wheel(setup: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
@@ -127,9 +198,9 @@ for dtype in (single, double, half, torch.float16):
             v, randn(), randn(0.1), w, w, p, steps, None, 0.1, 0.9, 0.99, 1e-8, 0.1, bool(variant), variant)
         digest.update(norm.numpy().tobytes())
     norm, epsilon, flag = torch.ops.sama.step_size([norm, torch.ops.sama.adapt_norm_scale(v, None, 0.3)], 1.0, 0.0)
-    for side in (0, 1):
-        torch.ops.sama.perturb(p, v, epsilon, side)
-        digest.update(b"".join(x.view(torch.uint8).numpy().tobytes() for x in p + v))
+    for side, rounding in ((0, 0), (1, 0), (0, 1)):
+        sums = torch.ops.sama.perturb(p, v, epsilon, side, rounding, 17, True)
+        digest.update(b"".join(x.view(torch.uint8).numpy().tobytes() for x in [*p, *v, sums]))
     torch.ops.sama.restore(p, v)
     torch.ops.sama.central_difference(p, randn(), randn(), epsilon, norm)
     digest.update(b"".join(x.view(torch.uint8).numpy().tobytes() for x in p))
@@ -147,7 +218,8 @@ def test_same_bits_on_every_instruction_set(tmp_path: Path) -> None:
 
     torch_path = Path(torch.__file__).parent
     baseline = tmp_path / "baseline.so"
-    sources = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if path.name != "module.cpp"]
+    folders = [ROOT / "csrc/common", ROOT / "csrc/cpu"]
+    sources = [path for folder in folders for path in sorted(folder.glob("*.cpp")) if path.name != "module.cpp"]
     flags = [
         "-std=c++17", "-O3", "-g0", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno",
         "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi", "-DSAMA_NO_CLONES",

@@ -11,12 +11,12 @@ namespace sama {
 
 enum class Dtype : uint8_t { F32, F64, BF16, F16 };
 
-inline int64_t size_of(Dtype dtype) {
+SAMA_BOTH inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::F64 ? 8 : dtype == Dtype::F32 ? 4 : 2;
 }
 
 // 2^-23 and so on: the spacing of the numbers next to 1.
-inline double epsilon_of(Dtype dtype) {
+SAMA_BOTH inline double epsilon_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::F32: return 0x1p-23;
     case Dtype::F64: return 0x1p-52;

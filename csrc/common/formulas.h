@@ -25,6 +25,25 @@ struct AdamScalars {
   T sign; // -1 under maximize
 };
 
+// From double: c1 and c2 of the tensor's own step; `moments`: the dtype that m is stored in.
+template <class T>
+SAMA_BOTH AdamScalars<T> adam_scalars(
+    double lr, double c1, double c2, double beta1, double beta2, double eps, double weight_decay, bool maximize,
+    Dtype moments) {
+  AdamScalars<T> k;
+  k.rate = T(lr / c1);
+  k.inv_sqrt_c2 = T(1 / std::sqrt(c2));
+  k.paper_rate = T(lr / (c1 * c2));
+  k.tail_rate = T(lr / c1 * (1 - beta1) * eps);
+  k.one_minus_beta1 = T(1 - beta1);
+  k.one_minus_beta2 = T(1 - beta2);
+  k.eps = T(eps);
+  k.weight_decay = T(weight_decay);
+  k.noise = T(8 * epsilon_of(moments) * (1 - beta1));
+  k.sign = T(maximize ? -1 : 1);
+  return k;
+}
+
 // D d of Adam. `exact`, `amsgrad` and `decay` are template arguments because each is a different loop body: a run-time
 // branch would keep a compiler from vectorising. `w_max` and `p` count only with `amsgrad` and `decay`.
 template <class T, bool exact, bool amsgrad, bool decay>

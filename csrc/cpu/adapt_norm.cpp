@@ -119,17 +119,9 @@ Tensor adapt_norm_adam(
   std::vector<Lanes> slots(chunks.count());
   const auto segment = [&](int64_t chunk, const Segment& at, auto zero) {
     using T = decltype(zero);
-    AdamScalars<T> k;
-    k.rate = T(rate / c1[at.tensor]);
-    k.inv_sqrt_c2 = T(1 / std::sqrt(c2[at.tensor]));
-    k.paper_rate = T(rate / (c1[at.tensor] * c2[at.tensor]));
-    k.tail_rate = T(rate / c1[at.tensor] * (1 - beta1) * eps);
-    k.one_minus_beta1 = T(1 - beta1);
-    k.one_minus_beta2 = T(1 - beta2);
-    k.eps = T(eps);
-    k.weight_decay = T(weight_decay);
-    k.noise = T(8 * epsilon_of(operands.view(lists.m, at.tensor).dtype) * (1 - beta1));
-    k.sign = T(maximize ? -1 : 1);
+    const AdamScalars<T> k = adam_scalars<T>(
+        rate, c1[at.tensor], c2[at.tensor], beta1, beta2, eps, weight_decay, maximize,
+        operands.view(lists.m, at.tensor).dtype);
     adam_segment<T>(operands, lists, at, adam_loop_for<T>(mode == kExact, amsgrad, decay), k, slots[chunk]);
   };
   chunks.for_each([&](int64_t chunk, const Segment& at) {

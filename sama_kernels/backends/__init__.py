@@ -13,7 +13,7 @@ from sama_kernels.backends import cpu, cuda, reference, triton
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 
 # What "auto" tries, in this order. CUDA C++ before Triton until a measurement on a GPU says otherwise.
-_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
@@ -41,7 +41,7 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend not in NAMES:
         raise ValueError(f"backend: {backend!r} is none of {', '.join(map(repr, NAMES))}")
     if backend == "auto":
-        candidates = _PREFERRED.get(device.type, ())
+        candidates = PREFERRED.get(device.type, ())
         return next((name for name in candidates if unavailable(name, device) is None), "reference")
     why = unavailable(backend, device)
     if why is not None:

@@ -1,0 +1,155 @@
+// Eight consecutive elements of a tensor in one thread's registers: memory to stored words to numbers, and back.
+//
+// Operands may have different dtypes and be aligned differently, both known only at run time. Both are the same for a
+// whole block, so the branches below never diverge; they replace a kernel for every combination of dtypes.
+#pragma once
+
+#include "../common/philox.h"
+#include "table.h"
+
+namespace sama {
+
+constexpr int kPack = 8; // 16 bytes of the narrowest dtype
+static_assert(kPack == kRandomBlock, "a pack takes one counter of the generator");
+static_assert(kChunk % kPack == 0, "packs do not straddle chunks");
+
+// Eight elements as they are stored, packed; T: the dtype for arithmetic, float or double. Storage that is wider than
+// T (float64 beside float32) is narrowed when it is loaded.
+template <class T>
+struct Words {
+  static constexpr int kCount = kPack * sizeof(T) / 4;
+  uint32_t word[kCount];
+};
+
+template <class S, class T>
+__device__ inline typename S::Word get(const Words<T>& words, int i) {
+  if constexpr (sizeof(typename S::Word) == 2)
+    return uint16_t(words.word[i / 2] >> (16 * (i % 2)));
+  else if constexpr (sizeof(typename S::Word) == 4)
+    return words.word[i];
+  else
+    return words.word[2 * i] | uint64_t(words.word[2 * i + 1]) << 32;
+}
+
+// Elements must be set in order: the first half of a word clears the second.
+template <class S, class T>
+__device__ inline void set(Words<T>& words, int i, typename S::Word value) {
+  if constexpr (sizeof(typename S::Word) == 2) {
+    words.word[i / 2] = i % 2 == 0 ? value : words.word[i / 2] | uint32_t(value) << 16;
+  } else if constexpr (sizeof(typename S::Word) == 4) {
+    words.word[i] = value;
+  } else {
+    words.word[2 * i] = uint32_t(value);
+    words.word[2 * i + 1] = uint32_t(value >> 32);
+  }
+}
+
+// Calls f with the traits of what `words` of this dtype hold.
+template <class T, class F>
+__device__ inline void with_storage(Dtype dtype, const F& f) {
+  if (dtype == Dtype::BF16) return f(BF16{});
+  if (dtype == Dtype::F16) return f(F16{});
+  if constexpr (sizeof(T) == 8)
+    if (dtype == Dtype::F64) return f(F64{});
+  return f(F32{});
+}
+
+// For moving words it only matters how wide they are: one of two 16-bit dtypes stands for both.
+__device__ inline Dtype same_width(Dtype dtype) {
+  return dtype == Dtype::F16 ? Dtype::BF16 : dtype;
+}
+
+template <int begin, int end, class T>
+__device__ inline void load_quads(const char* address, Words<T>& words) {
+  SAMA_UNROLL
+  for (int i = begin; i < end; ++i) {
+    const uint4 quad = load16(address + 16 * i);
+    words.word[4 * i] = quad.x;
+    words.word[4 * i + 1] = quad.y;
+    words.word[4 * i + 2] = quad.z;
+    words.word[4 * i + 3] = quad.w;
+  }
+}
+
+template <int quads, class T>
+__device__ inline void store_quads(char* address, const Words<T>& words) {
+  SAMA_UNROLL
+  for (int i = 0; i < quads; ++i)
+    store16(address + 16 * i,
+            {words.word[4 * i], words.word[4 * i + 1], words.word[4 * i + 2], words.word[4 * i + 3]});
+}
+
+// Elements [index, index + count) of an operand. All operands are loaded before the first of them is widened: the
+// requests are under way together. What lies behind `count` is zero.
+template <class T>
+__device__ inline void load(const Operand& from, int64_t index, int count, Words<T>& words) {
+  const char* address = from.data + index * size_of(from.dtype);
+  if (sizeof(T) == 4 && from.dtype == Dtype::F64) {
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i)
+      set<F32>(words, i, i < count ? F32::narrow(float(reinterpret_cast<const double*>(address)[i])) : 0);
+  } else if (from.aligned && count == kPack) {
+    load_quads<0, 1>(address, words);
+    if (size_of(from.dtype) >= 4) load_quads<1, 2>(address, words);
+    if constexpr (sizeof(T) == 8)
+      if (size_of(from.dtype) == 8) load_quads<2, 4>(address, words);
+  } else {
+    with_storage<T>(same_width(from.dtype), [&](auto s) {
+      using S = decltype(s);
+      SAMA_UNROLL
+      for (int i = 0; i < kPack; ++i)
+        set<S>(words, i, i < count ? reinterpret_cast<const typename S::Word*>(address)[i] : 0);
+    });
+  }
+}
+
+template <class T>
+__device__ inline void store(const Operand& to, int64_t index, int count, const Words<T>& words) {
+  char* address = to.data + index * size_of(to.dtype);
+  with_storage<T>(same_width(to.dtype), [&](auto s) {
+    using S = decltype(s);
+    if (to.aligned && count == kPack) {
+      store_quads<kPack * sizeof(typename S::Word) / 16>(address, words);
+    } else {
+      SAMA_UNROLL
+      for (int i = 0; i < kPack; ++i)
+        if (i < count) reinterpret_cast<typename S::Word*>(address)[i] = get<S>(words, i);
+    }
+  });
+}
+
+template <class T>
+__device__ inline void widen(const Words<T>& words, Dtype dtype, T (&values)[kPack]) {
+  with_storage<T>(dtype, [&](auto s) {
+    using S = decltype(s);
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) values[i] = T(S::widen(get<S>(words, i)));
+  });
+}
+
+// Only to dtypes whose arithmetic is in T.
+template <class T>
+__device__ inline void narrow(const T (&values)[kPack], Dtype dtype, Words<T>& words) {
+  with_storage<T>(dtype, [&](auto s) {
+    using S = decltype(s);
+    if constexpr (sizeof(typename S::Compute) == sizeof(T)) {
+      SAMA_UNROLL
+      for (int i = 0; i < kPack; ++i) set<S>(words, i, S::narrow(values[i]));
+    }
+  });
+}
+
+// Calls f(index, count) for the packs of this thread; neighbouring threads take neighbouring packs.
+template <class F>
+__device__ inline void for_each_pack(const Span& span, const F& f) {
+  for (int at = int(threadIdx.x) * kPack; at < span.length; at += kThreads * kPack)
+    f(span.start + at, span.length - at < kPack ? span.length - at : kPack);
+}
+
+// Whether arithmetic on a dtype is in T.
+template <class T>
+bool computes_in(Dtype dtype) {
+  return (dtype == Dtype::F64) == (sizeof(T) == 8);
+}
+
+} // namespace sama

@@ -1,0 +1,92 @@
+"""Builds csrc/cuda for the CPU and registers it as `sama_emulated::*`, so that its kernels run where no GPU is.
+
+The sources are compiled unchanged, as C++; `cuda_emulation.h` stands in for csrc/cuda/runtime.h. What this shows is
+indexing and arithmetic: which element is read and written by which thread, barriers, heads and tails, tables that
+overflow, sums. It shows nothing about memory ordering between threads, about launches, streams and devices, or about
+speed; tests marked `gpu` do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import sama_kernels.ops  # noqa: F401  (defines the schemas)
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+OPS = ("adapt_norm_adam", "adapt_norm_scale", "step_size", "perturb", "restore", "central_difference")
+REPLACED = ("stream.cpp", "module.cpp")  # torch's current stream and the Python module
+
+COMPILER = shutil.which("c++")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The emulated kernels, compiled once per process; their ops are `torch.ops.sama_emulated`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _compile(Path(folder))
+        definitions = torch.library.Library("sama_emulated", "DEF")
+        for name in OPS:
+            definitions.define(str(getattr(torch.ops.sama, name).default._schema).removeprefix("sama::"))
+        torch.ops.load_library(str(path))
+        loaded = ctypes.CDLL(str(path))
+    loaded.emulation_launches.restype = ctypes.c_int64
+    loaded.definitions = definitions  # type: ignore[attr-defined]  # the ops live as long as this object
+    return loaded
+
+
+@contextmanager
+def scalars_on_device() -> Iterator[None]:
+    """Step counters and learning rates count as lying on the device: the kernels read them."""
+    library().emulation_put_scalars_on_host(ctypes.c_bool(False))
+    try:
+        yield
+    finally:
+        library().emulation_put_scalars_on_host(ctypes.c_bool(True))
+
+
+@contextmanager
+def backwards() -> Iterator[None]:
+    """Blocks and threads run in the opposite order, which must not change a result."""
+    library().emulation_run_backwards(ctypes.c_bool(True))
+    try:
+        yield
+    finally:
+        library().emulation_run_backwards(ctypes.c_bool(False))
+
+
+def _compile(folder: Path) -> Path:
+    torch_path = Path(torch.__file__).parent
+    flags = [
+        "-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+        "-fno-trapping-math", "-U_FORTIFY_SOURCE", "-Wno-psabi", "-DSAMA_EMULATION",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{torch_path / 'include'}",
+        f"-I{HERE}", f"-I{CSRC / 'common'}",
+    ]  # fmt: skip
+    sources = [
+        source
+        for directory in (CSRC / "common", CSRC / "cuda", HERE)
+        for source in sorted(directory.iterdir())
+        if source.suffix in (".cpp", ".cu") and source.name not in REPLACED
+    ]
+
+    def compile_one(source: Path) -> str:
+        result = folder / f"{source.name}.o"
+        subprocess.run([COMPILER, *flags, "-x", "c++", "-c", source, "-o", result], check=True)
+        return str(result)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    path = folder / "emulated.so"
+    subprocess.run([COMPILER, "-shared", *objects, "-o", path, f"-L{torch_path / 'lib'}", "-ltorch_cpu"], check=True)
+    return path
