@@ -45,13 +45,13 @@ void adam_segment(
     Lanes& lanes) {
   Tile<T> d, g, m, w, w_max, p, out;
   const auto optional = [&](Tile<T>& tile, int list, int64_t start, int64_t n) {
-    return list < 0 ? nullptr : tile.load(operands.view(list, at.tensor), start, n);
+    return list < 0 ? nullptr : tile.load(operands.view(list, at.tensor), start, n, false);
   };
   const View& v = operands.view(lists.v, at.tensor);
   for_each_tile(at.start, at.length, [&](int64_t start, int64_t n) {
     T* target = out.target(v, start);
-    loop(k, n, d.load(v, start, n), g.load(operands.view(lists.g, at.tensor), start, n),
-         m.load(operands.view(lists.m, at.tensor), start, n), w.load(operands.view(lists.w, at.tensor), start, n),
+    loop(k, n, d.load(v, start, n, false), g.load(operands.view(lists.g, at.tensor), start, n, false),
+         m.load(operands.view(lists.m, at.tensor), start, n, false), w.load(operands.view(lists.w, at.tensor), start, n, false),
          optional(w_max, lists.w_max, start, n), optional(p, lists.p, start, n), target);
     add_squares(target, n, lanes);
     out.store(v, start, n);

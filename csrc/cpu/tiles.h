@@ -26,12 +26,23 @@ void widen(Dtype dtype, const void* words, int64_t n, double* values);
 void narrow(Dtype dtype, const float* values, int64_t n, void* words);
 void narrow(Dtype dtype, const double* values, int64_t n, void* words);
 
+// Asks for the next tile while this one is worked on, in several loops over L1 between which memory would stand idle.
+// At 1e8 elements on two cores: adapt_norm_scale 28 ms instead of 33 in float32, 21.5 instead of 27.6 in bfloat16,
+// central_difference in bfloat16 19 instead of 25, perturb 21 instead of 23. Not for Adam's many operands (90 instead of
+// 70 ms), nor for perturb in wider dtypes (33 instead of 31): there the processor's own prefetching does better.
+SAMA_INLINE void prefetch(const View& view, int64_t start) {
+  const char* address = view.at<char>(start);
+  const int64_t bytes = kTile * size_of(view.dtype);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(address + at, 0, 2);
+}
+
 // Elements of a view as T. `data` points into the tensor itself if the elements lie there as T, else into `own`.
 template <class T>
 struct Tile {
   alignas(64) T own[kTile];
 
-  const T* load(const View& view, int64_t start, int64_t n) {
+  const T* load(const View& view, int64_t start, int64_t n, bool ahead = true) {
+    if (ahead && n == kTile && view.flat()) prefetch(view, start + n);
     if (view.dtype == dtype_of<T>) {
       if (view.flat()) return view.at<T>(start);
       gather(view, start, n, own);
@@ -73,6 +84,7 @@ struct WordTile {
   alignas(64) Word own[kTile];
 
   Word* load(const View& view, int64_t start, int64_t n) {
+    if (sizeof(Word) == 2 && n == kTile && view.flat()) prefetch(view, start + n);
     if (view.flat()) return view.at<Word>(start);
     gather(view, start, n, own);
     return own;
