@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check bench report gpu clean
+.PHONY: demo test check bench report sanitize gpu clean
 
 demo: $(READY)  ## learn data weights for noisy movie reviews, write noisy_finetuning_results/
 	$(BIN)/python -m sama_experiments.noisy_finetuning $(ARGS)
@@ -26,6 +26,9 @@ bench: $(READY)  ## kernels and the whole meta step: JSON and plots in bench/res
 
 report: $(READY)  ## plots and README tables from what is in bench/results/
 	$(BIN)/python -m bench.report --write
+
+sanitize: $(READY)  ## the kernels under the address and undefined-behaviour sanitizers of g++, those for GPUs in emulation
+	tests/sanitize.sh $(BIN)
 
 gpu:  ## on a machine with a GPU: build, GPU tests, sanitizers, benchmarks, with the packages that PYTHON has; see the script
 	PYTHON="$(PYTHON)" bash bench/gpu.sh

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+import sama_kernels
+
+# Under tests/sanitize.sh: it would prove nothing to test the kernels of an ordinary installation.
+assert sama_kernels.__file__.startswith(os.environ.get("SAMA_TEST_SANITIZED", "/"))
 
 # The tensors are tiny: more threads only wait for each other (the op tests take 9 s with one thread on a busy 2-core
 # machine, 133 s with two). Tests that are about threads set their own number.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ OPS = ("adapt_norm_adam", "adapt_norm_scale", "step_size", "perturb", "restore",
 REPLACED = ("stream.cpp", "module.cpp")  # torch's current stream and the Python module
 
 COMPILER = shutil.which("c++")
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]  # see tests/sanitize.sh
 
 
 @functools.cache
@@ -67,11 +69,12 @@ def backwards() -> Iterator[None]:
 
 def _compile(folder: Path) -> Path:
     torch_path = Path(torch.__file__).parent
+    sanitize = SANITIZE if "SAMA_TEST_SANITIZED" in os.environ else []
     flags = [
         "-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
         "-fno-trapping-math", "-U_FORTIFY_SOURCE", "-Wno-psabi", "-DSAMA_EMULATION",
         "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{torch_path / 'include'}",
-        f"-I{HERE}", f"-I{CSRC / 'common'}",
+        f"-I{HERE}", f"-I{CSRC / 'common'}", *sanitize,
     ]  # fmt: skip
     sources = [
         source
@@ -88,5 +91,6 @@ def _compile(folder: Path) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     path = folder / "emulated.so"
-    subprocess.run([COMPILER, "-shared", *objects, "-o", path, f"-L{torch_path / 'lib'}", "-ltorch_cpu"], check=True)
+    link = ["-shared", *sanitize, *objects, "-o", path, f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([COMPILER, *link], check=True)
     return path
