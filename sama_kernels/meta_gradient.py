@@ -62,8 +62,9 @@ def meta_grad(
         hold: where `stop_gradient` gets the values at theta: "auto": from the last ordinary call of a `@recorded`
             base_loss, else as with "center": from one more evaluation at theta without a graph.
         rounding: of theta + epsilon v to bfloat16 and float16 parameters: "nearest", or "stochastic", which makes the
-            mean of the perturbation exact where its entries, about alpha / sqrt(N), are less than half a unit in the
-            last place and would be lost (about 1e9 parameters at alpha 1). `realised` in the result shows the need.
+            mean of the perturbation exact (to 0.2 %, see `ops.perturb`) where its entries, about alpha / sqrt(N), are
+            less than half a unit in the last place and would be lost (about 1e9 parameters at alpha 1). `realised` in
+            the result shows the need.
         seed: of the stochastic rounding, any integer. None: from `torch.initial_seed()` and the number of steps that
             the optimizer has made, so that every meta step rounds anew. torch's generators are not used.
     Returns:

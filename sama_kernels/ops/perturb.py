@@ -36,8 +36,10 @@ def perturb(
         epsilon: from `step_size`, float64, 0-dim, on the device of `params`; MINUS does not read it.
         side: `reference.PLUS` or `reference.MINUS`.
         rounding: how theta + epsilon v, computed in float32, becomes bfloat16 or float16: `reference.NEAREST`, or
-            `reference.STOCHASTIC`, up or down at random such that the mean is exact. PLUS only; wider dtypes are
-            rounded to nearest.
+            `reference.STOCHASTIC`, up or down at random such that the mean is exact. PLUS only: MINUS rounds the
+            mirror image to nearest, which it needs only where the spacing of the numbers changes at theta, that is
+            at powers of two (0.85 % of normal bfloat16 weights; measured, 0.14 % of the mean step is lost there).
+            Wider dtypes are rounded to nearest.
         seed: 64 bits that together with the position of an element in the lists decide its rounding
             (`backends.rounding`); the same on every backend. torch's generators are not used.
         measure: whether PLUS sums what was realised.
