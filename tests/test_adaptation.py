@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import Any
 
 import pytest
 import torch
 from problems import relative_error
+from stepping import SHAPES, adapted, differentiated, stepped
 from torch import Tensor
 
 from sama_kernels import adaptation
@@ -29,7 +29,6 @@ SGD = [
     {"lr": 0.1, "momentum": 0.5, "dampening": 0.4, "weight_decay": 0.2, "maximize": True},
 ]
 CASES = [(torch.optim.SGD, k) for k in SGD] + [(t, k) for t in (torch.optim.Adam, torch.optim.AdamW) for k in ADAM]
-SHAPES = [(3, 4), (), (7,)]
 BACKENDS = ["reference", "cpu"]
 
 
@@ -40,64 +39,6 @@ def _double_precision_step_counters() -> Any:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def stepped(optimizer_type: type[torch.optim.Optimizer], options: dict[str, Any], steps: int) -> tuple[Any, Any, Any]:
-    """An optimizer after `steps` steps on random gradients, and copies of both before the last one."""
-    params = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
-    optimizer = optimizer_type(params, **options)
-    for k in range(steps):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        if k == steps - 1:
-            before = copy.deepcopy((params, optimizer.state_dict()))
-        optimizer.step()
-    return params, optimizer, before
-
-
-def differentiated(
-    optimizer_type: Any, options: dict[str, Any], before: Any, grads: list[Tensor], d: list[Tensor]
-) -> list[Tensor]:
-    """(du/dg) d by autograd through one step of the optimizer with differentiable=True; for SGD, whose u is linear
-    in g, by a difference of two of its steps, as torch detaches the gradient where it creates the momentum buffer."""
-    if optimizer_type is torch.optim.SGD:
-        at_g, beyond = (
-            updated(optimizer_type, options, before, [g + t * x for g, x in zip(grads, d, strict=True)])
-            for t in (0.0, 1.0)
-        )
-        return [a - b for a, b in zip(at_g, beyond, strict=True)]
-    params, state = before
-    g = [x.clone().requires_grad_() for x in grads]
-    inputs = [p.detach().clone().requires_grad_() for p in params]
-    moved = [p.clone() for p in inputs]
-    optimizer = optimizer_type(moved, **options, differentiable=True)
-    state["param_groups"][0]["differentiable"] = True
-    optimizer.load_state_dict(state)
-    for p, x in zip(moved, g, strict=True):
-        p.grad = x
-    optimizer.step()
-    update = [a - b for a, b in zip(inputs, moved, strict=True)]
-    return list(torch.autograd.grad(sum((u * x).sum() for u, x in zip(update, d, strict=True)), g))
-
-
-def updated(optimizer_type: Any, options: dict[str, Any], before: Any, grads: list[Tensor]) -> list[Tensor]:
-    """The parameters after one plain step of the optimizer with these gradients."""
-    params, state = copy.deepcopy(before)
-    optimizer = optimizer_type(params, **options)
-    optimizer.load_state_dict(state)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.clone()
-    optimizer.step()
-    return [p.detach() for p in params]
-
-
-def adapted(
-    optimizer: torch.optim.Optimizer, params: list[Tensor], d: list[Tensor], mode: str, backend: str
-) -> tuple[list[Tensor], Tensor]:
-    v: list[Tensor | None] = [x.clone() for x in d]
-    with torch.no_grad():
-        norm_sqs = adaptation.apply(adaptation.plan(optimizer, params, mode), v, backend)
-    return [x for x in v if x is not None], torch.stack(norm_sqs).sum().sqrt()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
