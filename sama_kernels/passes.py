@@ -13,6 +13,7 @@ from sama_kernels import checks, detach_watch, ops
 from sama_kernels import held_values as holding
 from sama_kernels.guards import BufferGuard, Interrupts, RngState
 from sama_kernels.ownership import own
+from sama_kernels.replayed_masks import ReplayedMasks
 from sama_kernels.types import Problem
 
 
@@ -104,6 +105,7 @@ class PerturbedPasses:
         self._buffers = buffers
         self._rng = rng
         self._interrupts = interrupts
+        self._masks = ReplayedMasks() if problem.base_params[0].device.type == "cpu" else None
         self._tapes: list[holding.Tape] | None = None
         if problem.hold == "auto":
             tapes = [holding.tape_of(loss) for loss in self._losses]
@@ -114,14 +116,19 @@ class PerturbedPasses:
         if self._tapes is None and any(map(holding.is_known_to_ask, self._losses)):
             self._visit_centre(theta)
         try:
-            return self._run()
+            return self._run_keeping_masks()
         except holding.NeedsCentre:
             self._visit_centre(theta)
-            return self._run()
+            return self._run_keeping_masks()
 
     def at_minus(self) -> tuple[Tensor, list[Tensor | None]]:
         """Pass 3, at theta-."""
-        return self._run()
+        with self._masks.used() if self._masks else nullcontext():
+            return self._run()
+
+    def _run_keeping_masks(self) -> tuple[Tensor, list[Tensor | None]]:
+        with self._masks.kept() if self._masks else nullcontext():
+            return self._run()
 
     def _visit_centre(self, theta: Perturbation) -> None:
         """Evaluate the losses at theta without a graph, to learn the values that `stop_gradient` holds."""

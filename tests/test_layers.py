@@ -38,6 +38,7 @@ LAYERS = [
         "sama_kernels.checks",
         "sama_kernels.guards",
         "sama_kernels.ownership",
+        "sama_kernels.replayed_masks",
         "sama_kernels.types",
         "sama_kernels.version",
     ],
