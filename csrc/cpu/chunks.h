@@ -64,9 +64,10 @@ class Chunks {
   static constexpr int64_t kCost = 16384; // elements; 64 KiB per fp32 operand, so that all operands stay in L2
   static constexpr int64_t kSegmentCost = 64; // starting on another tensor, in elements' time
   static constexpr int64_t kLeast = 1024; // no slivers at the end of a chunk
-  // About 0.1 ms of work for each thread, or it stays asleep: where the cores are shared with other programs, waiting
-  // for a pool thread to be scheduled was seen to turn 0.8 ms into 7 ms.
-  static constexpr int64_t kChunksPerThread = 8;
+  // Half a million elements for each thread, or it stays asleep: waking a pool thread and waiting for it takes longer
+  // than what it could do meanwhile, and far longer where the cores are shared with other programs. 2,000 tensors of 150
+  // elements in `perturb`, on two busy cores: 1.0 ms on one thread, 8 to 12 ms on two.
+  static constexpr int64_t kChunksPerThread = 32;
 
   std::vector<Segment> segments_;
   std::vector<int64_t> first_;
