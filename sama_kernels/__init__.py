@@ -1,5 +1,6 @@
 """sama_kernels: SAMA meta gradients in three first-order passes, with the model-sized work between them fused."""
 
+from sama_kernels.adaptation import carried, register_adaptation
 from sama_kernels.function import SamaFunction
 from sama_kernels.held_values import recorded, stop_gradient
 from sama_kernels.info import info
@@ -11,10 +12,12 @@ __all__ = [
     "MetaGradient",
     "SamaFunction",
     "__version__",
+    "carried",
     "info",
     "meta_backward",
     "meta_grad",
     "recorded",
+    "register_adaptation",
     "sama_loss",
     "stop_gradient",
 ]

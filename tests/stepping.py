@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,14 @@ from sama_kernels import adaptation
 SHAPES = [(3, 4), (), (7,)]
 
 
-def stepped(optimizer_type: type[torch.optim.Optimizer], options: dict[str, Any], steps: int) -> tuple[Any, Any, Any]:
+def stepped(
+    optimizer_type: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    steps: int,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+) -> tuple[Any, Any, Any]:
     """An optimizer after `steps` steps on random gradients, and copies of both before the last one."""
-    params = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES]
+    params = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     optimizer = optimizer_type(params, **options)
     for k in range(steps):
         for p in params:
@@ -69,3 +75,21 @@ def adapted(
     with torch.no_grad():
         norm_sqs = adaptation.apply(adaptation.plan(optimizer, params, mode), v, backend)
     return [x for x in v if x is not None], torch.stack(norm_sqs).sum().sqrt()
+
+
+def differenced(
+    optimizer_type: Any, options: dict[str, Any], before: Any, grads: list[Tensor], d: list[Tensor], h: float = 1e-3
+) -> list[Tensor]:
+    """(du/dg)^T d, cell by cell, by central differences of fourth order of the optimizer's own step, which must be in
+    float64. Nothing is assumed about the step; the parameters of `before` are taken to be updated independently."""
+    v = [torch.zeros_like(g) for g in grads]
+    for cell in range(max(g.numel() for g in grads)):
+        touched = [i for i, g in enumerate(grads) if cell < g.numel()]
+        for shift, weight in ((1, 8.0), (-1, -8.0), (2, -1.0), (-2, 1.0)):
+            moved = [g.clone() for g in grads]
+            for i in touched:
+                moved[i].view(-1)[cell] += shift * h
+            after = updated(optimizer_type, options, before, moved)
+            for i in touched:  # u is what the step subtracts
+                v[i].view(-1)[cell] -= weight / (12 * h) * (after[i] * d[i]).sum()
+    return v

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels import ops
-from sama_kernels.adaptation import step_record
+from sama_kernels.adaptation import registry, step_record
+from sama_kernels.adaptation.adadelta import adadelta
+from sama_kernels.adaptation.adafactor import adafactor
 from sama_kernels.adaptation.adam import adam
-from sama_kernels.adaptation.plan import GroupStep, OpCall, apply
+from sama_kernels.adaptation.general import carried, general
+from sama_kernels.adaptation.muon import muon
+from sama_kernels.adaptation.plan import Family, GroupStep, OpCall, apply
+from sama_kernels.adaptation.registry import register_adaptation, supported
 from sama_kernels.adaptation.sgd import sgd
+from sama_kernels.adaptation.sign import sign
 from sama_kernels.adaptation.step_record import steps_made
 
-__all__ = ["OpCall", "apply", "plan", "steps_made", "supported"]
+__all__ = ["OpCall", "apply", "carried", "plan", "register_adaptation", "steps_made", "supported"]
 
-_families: dict[type[Optimizer], Callable[[GroupStep], list[OpCall]]] = {
+_families: dict[type[Optimizer], Family] = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
     torch.optim.AdamW: adam,
+    torch.optim.Adadelta: general(adadelta),
+    torch.optim.Adafactor: adafactor,
+    torch.optim.Muon: muon,
+    torch.optim.Rprop: sign,
 }
-for _type in _families:
-    step_record.watch(_type)
-
-
-def supported() -> list[str]:
-    """Names of the optimizer types that have an adaptation."""
-    return [f"{t.__module__.rpartition('.')[0]}.{t.__name__}" for t in _families]
+registry.provide(_families)
 
 
 def plan(optimizer: Optimizer | None, params: Sequence[Tensor], adaptation: str) -> list[OpCall]:
@@ -41,12 +45,7 @@ def plan(optimizer: Optimizer | None, params: Sequence[Tensor], adaptation: str)
     if adaptation == "none":
         return [OpCall(ops.adapt_norm_scale, list(range(len(params))), (), {"scale": 1.0})]
     assert optimizer is not None  # checks.problem
-    family = _families.get(type(optimizer))
-    if family is None:
-        raise TypeError(
-            f"optimizer: no adaptation for {type(optimizer).__module__}.{type(optimizer).__qualname__} (there is one"
-            f' for exactly {", ".join(supported())}); pass adaptation="none" for SAMA-NA, which takes D = I'
-        )
+    family = registry.family_of(type(optimizer))
     mode = ops.EXACT if adaptation == "exact" else ops.PAPER
     row_of = {id(p): row for row, p in enumerate(params)}
     calls: list[OpCall] = []

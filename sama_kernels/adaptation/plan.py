@@ -18,13 +18,13 @@ class OpCall:
     Attributes:
         op: called as op(v, *lists, **options, backend=...), returns ||v||^2.
         rows: positions of the parameters among the base parameters.
-        lists: per list argument of the op the tensors of these rows (empty: the op does not need this list).
+        lists: per list argument of the op the tensors (or states) of these rows (empty: the op does not need it).
         options: the other arguments.
     """
 
     op: Callable[..., Tensor]
     rows: list[int] = field(default_factory=list)
-    lists: tuple[list[Tensor], ...] = ()
+    lists: tuple[list[Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -51,6 +51,10 @@ class GroupStep:
                 f"base_params: tensor {self.rows[i]} has a sparse .grad; build the embedding with sparse=False"
             )
         return grad
+
+
+Family = Callable[[GroupStep], list[OpCall]]
+"""An optimizer family: what happened to the parameters of one group -> the calls that adapt them."""
 
 
 def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[Tensor]:

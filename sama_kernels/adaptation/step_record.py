@@ -16,17 +16,24 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _records: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 _counts: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-_types: set[type[Optimizer]] = set()
+_types: set[type[Optimizer] | str] = set()
 
 SKIPPED = "sama_skipped"
 """Key of the ids of the parameters that had no gradient at this step, so that it did not move them."""
 FIRST_STEP = "sama_first_step"
 """Key of the ids of the parameters whose momentum buffer this step creates (kept only where dampening is not 0)."""
+NOTES = (SKIPPED, FIRST_STEP)
+"""The keys of a record that are no hyperparameters."""
 
 
-def watch(optimizer_type: type[Optimizer]) -> None:
-    """Record the steps of optimizers of exactly this type."""
+def watch(optimizer_type: type[Optimizer] | str) -> None:
+    """Record the steps of optimizers of exactly this type, which may be given by `name`."""
     _types.add(optimizer_type)
+
+
+def name(optimizer_type: type[Optimizer]) -> str:
+    """The module and the name of a type."""
+    return f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -43,14 +50,15 @@ def steps_made(optimizer: Optimizer) -> int:
 
 def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _counts[optimizer] = _counts.get(optimizer, 0) + 1
-    if type(optimizer) in _types:
+    if type(optimizer) in _types or name(type(optimizer)) in _types:
         _records[optimizer] = [_snapshot(optimizer, group) for group in optimizer.param_groups]
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     copy = {key: value for key, value in group.items() if key != "params"}
-    if isinstance(copy["lr"], Tensor):  # schedulers fill it in place
-        copy["lr"] = copy["lr"].detach().clone()
+    for key, value in copy.items():
+        if isinstance(value, Tensor):  # schedulers fill lr in place
+            copy[key] = value.detach().clone()
     return copy
 
 
