@@ -50,8 +50,8 @@ def meta_grad(
         base_params: theta, an nn.Module or an iterable of leaf tensors; float32, float64, bfloat16 or float16, any
             shapes. Those that do not require grad are left out.
         meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad.
-        optimizer: the torch optimizer that made the base step: exactly SGD, Adam or AdamW. May be None with
-            adaptation="none".
+        optimizer: the torch optimizer that made the base step, of exactly one of the types in `info()["optimizers"]`
+            (docs/optimizers.md) or one given to `register_adaptation`. May be None with adaptation="none".
         alpha: L2 length of the perturbation over all of theta, absolute as in the paper. What matters is its size
             relative to ||theta||: 1.0 is 0.24 % for BERT-base (about 400); small networks want 0.01 to 0.1.
         adaptation: "paper": D = du/dg without the epsilon term in its numerator, so that cells that were never touched

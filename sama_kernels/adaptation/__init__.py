@@ -13,12 +13,12 @@ from sama_kernels.adaptation import registry, step_record
 from sama_kernels.adaptation.adadelta import adadelta
 from sama_kernels.adaptation.adafactor import adafactor
 from sama_kernels.adaptation.adam import adam
+from sama_kernels.adaptation.constant import sign
 from sama_kernels.adaptation.general import carried, general
 from sama_kernels.adaptation.muon import muon
 from sama_kernels.adaptation.plan import Family, GroupStep, OpCall, apply
 from sama_kernels.adaptation.registry import register_adaptation, supported
 from sama_kernels.adaptation.sgd import sgd
-from sama_kernels.adaptation.sign import sign
 from sama_kernels.adaptation.step_record import steps_made
 
 __all__ = ["OpCall", "apply", "carried", "plan", "register_adaptation", "steps_made", "supported"]

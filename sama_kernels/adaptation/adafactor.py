@@ -64,13 +64,14 @@ def _rms_before(param: Tensor, direction: Tensor, kept: Tensor) -> Tensor:
 
 
 def _square_sum(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()
 
 
 def transformers_adafactor(grad: Tensor, param: Tensor, state: dict[str, Any], hyper: dict[str, Any]) -> Tensor:
     """u of `transformers.optimization.Adafactor`, which keeps the root mean square of theta before the step."""
     t, (eps1, eps2) = state["step"], hyper["eps"]
-    lr = _transformers_lr(t, hyper)
+    lr: float | Tensor = _transformers_lr(t, hyper)
     if hyper["scale_parameter"]:
         lr = lr * torch.as_tensor(state["RMS"]).clamp(min=eps2)
     rate = t ** hyper["decay_rate"]  # 1 - beta2
@@ -81,12 +82,12 @@ def transformers_adafactor(grad: Tensor, param: Tensor, state: dict[str, Any], h
         direction = grad * (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * column.unsqueeze(-2).rsqrt()
     else:
         direction = grad * carried(state["exp_avg_sq"], rate * square).rsqrt()
-    update: Tensor = lr * direction / _clip(direction, hyper["clip_threshold"])
-    beta1 = hyper["beta1"]
-    return update if beta1 is None else carried(state["exp_avg"], (1 - beta1) * update)
+    update = lr * direction / _clip(direction, hyper["clip_threshold"])
+    return update if hyper["beta1"] is None else carried(state["exp_avg"], (1 - hyper["beta1"]) * update)
 
 
-def _transformers_lr(t: int, hyper: dict[str, Any]) -> Any:
+def _transformers_lr(t: int, hyper: dict[str, Any]) -> float | Tensor:
     if not hyper["relative_step"]:
-        return hyper["lr"]
+        given: float | Tensor = hyper["lr"]
+        return given
     return min(1e-6 * t if hyper["warmup_init"] else 1e-2, 1.0 / math.sqrt(t))

@@ -93,6 +93,7 @@ def adapt_norm_low_bit_adam(
             lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, maximize=False, mode=mode, backend=backend,
         )  # fmt: skip
         norm_sqs.append(norm_sq)
+        del m, w  # before the next ones
     return torch.stack(norm_sqs).sum()
 
 

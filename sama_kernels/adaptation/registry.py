@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from sama_kernels.adaptation import low_bit, step_record
 from sama_kernels.adaptation.adafactor import transformers_adafactor
+from sama_kernels.adaptation.constant import sign
 from sama_kernels.adaptation.general import Update, general
 from sama_kernels.adaptation.plan import Family
-from sama_kernels.adaptation.sign import sign
 
 _families: dict[type[Optimizer], Family] = {}
 """Those of torch.optim."""

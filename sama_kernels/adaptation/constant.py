@@ -22,7 +22,7 @@ def sign(step: GroupStep) -> list[OpCall]:
             ' meta gradient through the base step is 0 and the result `degenerate`; pass adaptation="none" (SAMA-NA),'
             " which takes D = I",
             UserWarning,
-            stacklevel=2,
+            stacklevel=5,  # the caller of meta_grad
         )
     rows = [step.rows[i] for i in moved(step)]
     return [OpCall(ops.adapt_norm_scale, rows, (), {"scale": 0.0})] if rows else []
