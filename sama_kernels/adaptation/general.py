@@ -53,9 +53,9 @@ def general(update: Update) -> Family:
 
 
 def moved(step: GroupStep) -> list[int]:
-    """Which parameters the step has moved: all, as those without a gradient were left out (`step_record.SKIPPED`);
-    of an optimizer whose steps nobody saw (it comes from a checkpoint) those that have a state."""
-    seen = step_record.steps_made(step.optimizer) > 0
+    """Which parameters the step has moved: all, as those without a gradient were left out (`step_record.SKIPPED`); if
+    nobody saw the step (the state comes from a checkpoint, the type was registered later) those that have a state."""
+    seen = step_record.SKIPPED in step.hyper
     return [i for i, p in enumerate(step.params) if seen or step.optimizer.state.get(p)]
 
 

@@ -87,9 +87,10 @@ def adapt_norm_low_bit_adam(
     """`ops.adapt_norm_adam` parameter by parameter; memory beyond v: the moments of one parameter."""
     norm_sqs = []
     for d, grad, state in zip(v, grads, states, strict=True):
-        m, w = _moments(read(state), grad.detach(), scalar(state["step"], grad) == 1, beta1, beta2)
+        t = state["step"] if isinstance(state["step"], Tensor) else torch.tensor(float(state["step"]))
+        m, w = _moments(read(state), grad.detach(), scalar(t, grad) == 1, beta1, beta2)
         norm_sq = ops.adapt_norm_adam(
-            [d], [grad], [m], [w], [], [], [torch.as_tensor(state["step"])],
+            [d], [grad], [m], [w], [], [], [t],
             lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, maximize=False, mode=mode, backend=backend,
         )  # fmt: skip
         norm_sqs.append(norm_sq)

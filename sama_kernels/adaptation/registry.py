@@ -113,7 +113,7 @@ def register_adaptation(optimizer_type: Any, update: Any = None, *, overwrite: b
     """
     if not (isinstance(optimizer_type, type) and issubclass(optimizer_type, Optimizer)):
         raise TypeError(f"optimizer_type: expected a subclass of torch.optim.Optimizer, got {optimizer_type!r}")
-    if not overwrite and _find(optimizer_type) is not None:
+    if not overwrite and _find(optimizer_type) not in (None, low_bit.paged):
         raise ValueError(
             f"optimizer_type: {step_record.name(optimizer_type)} has an adaptation already; pass overwrite=True to"
             " replace it"
