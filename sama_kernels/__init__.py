@@ -1,6 +1,8 @@
 """sama_kernels: SAMA meta gradients in three first-order passes, with the model-sized work between them fused."""
 
 from sama_kernels.adaptation import carried, register_adaptation
+from sama_kernels.checkpoint import load_state_dict, state_dict
+from sama_kernels.clipping import clip_coef
 from sama_kernels.function import SamaFunction
 from sama_kernels.held_values import recorded, stop_gradient
 from sama_kernels.info import info
@@ -13,11 +15,14 @@ __all__ = [
     "SamaFunction",
     "__version__",
     "carried",
+    "clip_coef",
     "info",
+    "load_state_dict",
     "meta_backward",
     "meta_grad",
     "recorded",
     "register_adaptation",
     "sama_loss",
+    "state_dict",
     "stop_gradient",
 ]

@@ -102,8 +102,8 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def held_by(optimizer: Any, params: Sequence[Tensor]) -> None:
-    """Raise unless `optimizer` is a torch optimizer that holds every tensor of `params`."""
+def held_by(optimizer: Any, params: Sequence[Tensor], name: str = "base_params") -> None:
+    """Raise unless `optimizer` is a torch optimizer that holds every tensor of `params`, the argument `name`."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer: expected the torch.optim.Optimizer that made the base step, got {type(optimizer).__name__};"
@@ -113,10 +113,43 @@ def held_by(optimizer: Any, params: Sequence[Tensor]) -> None:
     missing = [i for i, p in enumerate(params) if id(p) not in held]
     if missing:
         raise ValueError(
-            f"base_params: {len(missing)} of {len(params)} tensors are not held by the optimizer (the first is tensor"
+            f"{name}: {len(missing)} of {len(params)} tensors are not held by the optimizer (the first is tensor"
             f" {missing[0]}, shape {tuple(params[missing[0]].shape)}); pass only what the optimizer trains, or freeze"
             " the rest with requires_grad_(False)"
         )
+
+
+def masters(value: Any, base_params: Sequence[Tensor], update_base: bool) -> tuple[Tensor, ...] | None:
+    """`master_params` as a tuple that matches `base_params` one by one; None if there are none."""
+    if value is None:
+        return None
+    name = "master_params"
+    if isinstance(value, Tensor) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected an iterable of tensors, got {type(value).__name__}")
+    found = tuple(value)
+    if len(found) != len(base_params):
+        raise ValueError(
+            f"{name}: {len(found)} tensors for {len(base_params)} base_params that require grad; pass one master copy"
+            " for each, in their order"
+        )
+    for i, (master, p) in enumerate(zip(found, base_params, strict=True)):
+        if not isinstance(master, Tensor):
+            raise TypeError(f"{name}: element {i} is a {type(master).__name__}, not a tensor")
+        if master.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: tensor {i} is {master.dtype}; master copies are float32 or float64")
+        if master.shape != p.shape:
+            raise ValueError(
+                f"{name}: tensor {i} has shape {tuple(master.shape)}, but tensor {i} of base_params has shape"
+                f" {tuple(p.shape)}; pass one master copy for each base parameter, in their order"
+            )
+        if master.device != p.device:
+            raise ValueError(f"{name}: tensor {i} is on {master.device}, but its base parameter is on {p.device}")
+    if update_base:
+        raise ValueError(
+            "update_base: with master_params the base parameters are overwritten by their master copies at the next"
+            " step, so that the update would be lost; pass update_base=False"
+        )
+    return found
 
 
 def synchronisation(sync: str, group: Any) -> None:

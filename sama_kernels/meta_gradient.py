@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
-from sama_kernels import backends, checks, ops
+from sama_kernels import backends, checks, clipping, ops, scaling
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import BufferGuard, Interrupts, RngState, frozen
 from sama_kernels.passes import Perturbation, PerturbedPasses, direct_gradient
@@ -36,6 +36,11 @@ def meta_grad(
     hold: str = "auto",
     rounding: str = "nearest",
     seed: int | None = None,
+    clip_coef: float | Tensor | None = None,
+    clip_rank_one: bool = False,
+    clip_value: float | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    master_params: Iterable[Tensor] | None = None,
 ) -> MetaGradient:
     """The SAMA meta gradient dL_meta/dlambda (paper, Eq. 5), from three first-order passes.
 
@@ -66,7 +71,17 @@ def meta_grad(
             less than half a unit in the last place and would be lost (about 1e9 parameters at alpha 1). `realised` in
             the result shows the need.
         seed: of the stochastic rounding, any integer. None: from `torch.initial_seed()` and the number of steps that
-            the optimizer has made, so that every meta step rounds anew. torch's generators are not used.
+            the optimizer has made, so that every meta step rounds anew (`state_dict` keeps both for a checkpoint).
+            torch's generators are not used.
+        clip_coef: what `clip_grad_norm_` multiplied the gradients by before the step, a number or a 0-dim tensor:
+            `sk.clip_coef(total_norm, max_norm)`. du/dg is then D, at the clipped gradient, times this factor.
+        clip_rank_one: also differentiate the norm in that factor (2-norm; base_params must be all that was clipped).
+        clip_value: the bound given to `clip_grad_value_`: du/dg is 0 where it acted.
+        grad_scaler: the GradScaler that makes the base steps. The closures return plain losses; all of them are
+            multiplied by its scale and the results divided by it. From a step that it skipped, or if a gradient
+            overflows here, the result is zeros with `degenerate` True.
+        master_params: the float32 copies that the optimizer steps in place of the bfloat16 or float16 base_params,
+            one for each that requires grad, in their order; D comes from their state and `.grad`.
     Returns:
         `MetaGradient`. If ||v|| is zero, tiny or not finite (at Adam's first step D is 0 by nature), `degenerate` is
         True and nothing was moved.
@@ -84,8 +99,11 @@ def meta_grad(
     checks.leaves("base_params", theta)
     checks.disjoint(theta, lam)
     device = checks.one_device(theta, lam)
+    masters = checks.masters(master_params, theta, update_base)
+    stepped, name = (theta, "base_params") if masters is None else (masters, "master_params")
     if optimizer is not None or adaptation != "none":
-        checks.held_by(optimizer, theta)
+        checks.held_by(optimizer, stepped, name)
+    loss_scale = scaling.scale_of(grad_scaler, device)
     problem = Problem(
         base_losses=checks.closures("base_loss", base_loss),
         meta_loss=checks.closures("meta_loss", meta_loss)[0],
@@ -100,6 +118,10 @@ def meta_grad(
         rounding=ops.STOCHASTIC if rounding == "stochastic" else ops.NEAREST,
         seed=_rounding_seed(seed, optimizer) if rounding == "stochastic" else 0,
         backend=backends.resolve(backend, device),
+        clipping=clipping.checked(clip_coef, clip_rank_one, clip_value, device),
+        loss_scale=loss_scale,
+        skipped=scaling.step_skipped(optimizer, stepped, loss_scale is not None, name),
+        master_params=masters,
     )
     return _sama(problem)
 
@@ -109,7 +131,8 @@ def _rounding_seed(seed: int | None, optimizer: torch.optim.Optimizer | None) ->
     if seed is None:
         if optimizer is None:
             raise ValueError('seed: without an optimizer rounding="stochastic" needs one, for example the step number')
-        seed = torch.initial_seed() + 0x9E3779B97F4A7C15 * adaptations.steps_made(optimizer)  # 2^64 / golden ratio
+        steps = adaptations.steps_made(optimizer)
+        seed = adaptations.rounding_base(optimizer) + 0x9E3779B97F4A7C15 * steps  # 2^64 / golden ratio
     return (checks.integer("seed", seed) + 2**63) % 2**64 - 2**63
 
 
@@ -148,7 +171,11 @@ def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
 def _sama(problem: Problem) -> MetaGradient:
     """SAMA in five steps."""
     backend = problem.backend
-    plan = adaptations.plan(problem.optimizer, problem.base_params, problem.adaptation)
+    plan = adaptations.plan(
+        problem.optimizer, problem.step_params, problem.adaptation,
+        name=problem.step_params_name, skipped=problem.skipped is True,
+    )  # fmt: skip
+    clipped = clipping.gradients(problem)
     with (
         Interrupts() as interrupts,
         torch.no_grad(),
@@ -158,25 +185,27 @@ def _sama(problem: Problem) -> MetaGradient:
         # 1. The direct gradient d.
         meta_loss, v, explicit = direct_gradient(problem, interrupts)
         # 2. v = D d, in the memory of d.
-        norm_sqs = adaptations.apply(plan, v, backend)
+        norm_sqs = clipping.apply(problem, clipped, v, adaptations.apply(plan, v, backend))
         # 3. epsilon = alpha / ||v||, on the device.
-        norm, epsilon, degenerate = ops.step_size(norm_sqs, problem.alpha, problem.tiny, backend=backend)
+        size = scaling.step_size(problem, norm_sqs)
         # 4. The two perturbed passes, of the same function.
         moving = [p for p, x in zip(problem.base_params, v, strict=True) if x is not None]
         directions = [x for x in v if x is not None]
         passes = PerturbedPasses(problem, buffers, rng, interrupts)
         with frozen(problem.base_params), Perturbation(moving, directions, backend) as theta:
-            step = theta.plus(epsilon, problem.rounding, problem.seed)
+            step = theta.plus(size.along, problem.rounding, problem.seed)
             base_loss_plus, grads_plus = passes.at_plus(theta)
-            theta.minus(epsilon)
+            theta.minus(size.along)
             base_loss_minus, grads_minus = passes.at_minus()
+            overflow = scaling.overflow(problem, grads_plus, grads_minus)
             if problem.update_base:
-                theta.keep()
+                theta.keep(unless=overflow)
         # 5. Their difference quotient.
-        grads = _difference(problem, grads_plus, grads_minus, explicit, norm, epsilon)
-    realised, alignment = _realised(step, epsilon * norm)
+        realised, alignment = _realised(step, size.epsilon * size.norm)
+        size = scaling.without_overflow(size, overflow)
+        grads = _difference(problem, grads_plus, grads_minus, scaling.unscaled(problem, explicit), size)
     return MetaGradient(
-        grads, meta_loss, base_loss_plus, base_loss_minus, norm, epsilon, degenerate, realised, alignment
+        grads, meta_loss, base_loss_plus, base_loss_minus, size.norm, size.epsilon, size.degenerate, realised, alignment
     )
 
 
@@ -193,10 +222,12 @@ def _difference(
     plus: list[Tensor | None],
     minus: list[Tensor | None],
     explicit: list[Tensor | None],
-    norm: Tensor,
-    epsilon: Tensor,
+    size: scaling.StepSize,
 ) -> tuple[Tensor, ...]:
-    """-(plus - minus) / (2 epsilon) + explicit, in the memory of `plus`; a gradient that is None counts as zeros."""
+    """-(plus - minus) / (2 epsilon) + explicit, in the memory of `plus`; a gradient that is None counts as zeros.
+
+    The arithmetic is in float32, or float64 for float64 gradients, whatever the dtype of lambda.
+    """
     results = [torch.zeros_like(p) if g is None else g for p, g in zip(problem.meta_params, plus, strict=True)]
     others = [torch.zeros_like(p) if g is None else g for p, g in zip(problem.meta_params, minus, strict=True)]
     for has_explicit in (False, True):
@@ -204,6 +235,7 @@ def _difference(
         if rows:
             terms = [g for g in explicit if g is not None] if has_explicit else []
             ops.central_difference(
-                [results[i] for i in rows], [others[i] for i in rows], terms, epsilon, norm, backend=problem.backend
-            )
-    return tuple(results)
+                [results[i] for i in rows], [others[i] for i in rows], terms, size.quotient, size.explicit,
+                backend=problem.backend,
+            )  # fmt: skip
+    return tuple(g.to(p.dtype) for p, g in zip(problem.meta_params, results, strict=True))

@@ -22,13 +22,15 @@ def direct_gradient(
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """Pass 1: L_meta(theta), d = dL_meta/dtheta and the explicit dL_meta/dlambda; None where the loss does not read.
 
+    The gradients are those of `problem.scaled`.
     `.grad` is not touched, and every d is in memory of its own, so that v can take its place.
     """
     n = len(problem.base_params)
     with torch.enable_grad(), interrupts.allowed():
         loss = problem.meta_loss()
         checks.scalar_loss("meta_loss", loss, "base_params")
-        grads = torch.autograd.grad(loss, (*problem.base_params, *problem.meta_params), allow_unused=True)
+        inputs = (*problem.base_params, *problem.meta_params)
+        grads = torch.autograd.grad(problem.scaled(loss), inputs, allow_unused=True)
         loss = loss.detach().reshape(())
     d: list[Tensor | None] = list(grads[:n])
     explicit: list[Tensor | None] = list(grads[n:])
@@ -51,6 +53,7 @@ class Perturbation:
         self._backend = backend
         self._versions = tuple(p._version for p in params)
         self._moved = False
+        self._kept = False
 
     def __enter__(self) -> Perturbation:
         return self
@@ -60,8 +63,9 @@ class Perturbation:
     ) -> None:
         if self._moved:
             self.toggle()
-            # The same bits as before: a graph of the caller's that saved theta may still be used.
-            torch._C._autograd._unsafe_set_version_counter(tuple(self._params), self._versions)
+            if not self._kept:
+                # The same bits as before: a graph of the caller's that saved theta may still be used.
+                torch._C._autograd._unsafe_set_version_counter(tuple(self._params), self._versions)
 
     def plus(self, epsilon: Tensor, rounding: int, seed: int) -> Tensor | None:
         """theta -> theta+ = theta + epsilon v.
@@ -86,9 +90,17 @@ class Perturbation:
         ops.restore(self._params, self._v, backend=self._backend)
         self._moved = not self._moved
 
-    def keep(self) -> None:
-        """Leave theta where it is: at theta-, which is the paper's base update theta - epsilon v."""
-        self._moved = False
+    def keep(self, unless: Tensor | None = None) -> None:
+        """Leave theta where it is: at theta-, which is the paper's base update theta - epsilon v.
+
+        But where `unless` (bool, 0-dim, on the device) is True theta comes back, as ever.
+        """
+        self._kept = True
+        if unless is None:
+            self._moved = False
+        else:
+            for x in self._v:  # the XOR bits that the way back takes: without them theta stays where it is
+                x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).mul_(unless)
 
 
 class PerturbedPasses:
@@ -100,6 +112,7 @@ class PerturbedPasses:
 
     def __init__(self, problem: Problem, buffers: BufferGuard, rng: RngState, interrupts: Interrupts) -> None:
         self._losses = problem.base_losses
+        self._scaled = problem.scaled
         self._base_params = problem.base_params
         self._meta_params = problem.meta_params
         self._buffers = buffers
@@ -152,6 +165,8 @@ class PerturbedPasses:
             loss, grads = self._evaluate(i)
             total = loss if total is None else total + loss
             own_grads = own(grads, self._meta_params)
+            if len(self._losses) > 1:  # bfloat16 and float16 gradients are added, and later differenced, in float32
+                own_grads = [g.float() if g is not None and g.element_size() == 2 else g for g in own_grads]
             sums = [g if s is None else s if g is None else s.add_(g) for s, g in zip(sums, own_grads, strict=True)]
         if all(s is None for s in sums):
             raise ValueError("meta_params: base_loss does not read any of them (all gradients are None)")
@@ -176,7 +191,7 @@ class PerturbedPasses:
         if watch is not None:
             watch.report(closure)
         with self._interrupts.allowed():
-            grads = torch.autograd.grad(loss, self._meta_params, allow_unused=True)
+            grads = torch.autograd.grad(self._scaled(loss), self._meta_params, allow_unused=True)
         checks.dense("meta_params", grads)
         return loss.detach().reshape(()), list(grads)
 

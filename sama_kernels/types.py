@@ -44,6 +44,21 @@ class MetaGradient:
 
 
 @dataclass(frozen=True)
+class Clipping:
+    """What was done to the gradient between backward and step (`sama_kernels.clipping`).
+
+    Attributes:
+        coef: what clip_grad_norm_ multiplied it by, float64, 0-dim, on the parameters' device; None if it did not run.
+        rank_one: whether the derivative of the norm itself is part of du/dg.
+        value: the bound of clip_grad_value_; None if it did not run.
+    """
+
+    coef: Tensor | None = None
+    rank_one: bool = False
+    value: float | None = None
+
+
+@dataclass(frozen=True)
 class Problem:
     """The checked arguments of one meta step (`checks.problem` makes it)."""
 
@@ -60,6 +75,26 @@ class Problem:
     rounding: int
     seed: int
     backend: str
+    clipping: Clipping = Clipping()
+    loss_scale: Tensor | None = None
+    """What every loss is multiplied by before it is differentiated, float32, 0-dim; None: 1."""
+    skipped: bool | Tensor = False
+    """Whether the base step was skipped; a tensor (not 0: skipped) if the host does not know."""
+    master_params: tuple[Tensor, ...] | None = None
+
+    @property
+    def step_params(self) -> tuple[Tensor, ...]:
+        """What the optimizer steps: base_params, or the master copies of them."""
+        return self.base_params if self.master_params is None else self.master_params
+
+    @property
+    def step_params_name(self) -> str:
+        """The argument that `step_params` came from."""
+        return "base_params" if self.master_params is None else "master_params"
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """`loss` as it is differentiated: times the scale of the GradScaler, where there is one."""
+        return loss if self.loss_scale is None else loss * self.loss_scale
 
     @property
     def tiny(self) -> float:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sama_kernels.adaptation import step_record
+
 
 @dataclass
 class OpCall:
@@ -30,27 +32,45 @@ class OpCall:
 
 @dataclass(frozen=True)
 class GroupStep:
-    """The parameters of one group that took part in the last step, and the hyperparameters of that step."""
+    """The parameters of one group that took part in the last step, and the hyperparameters of that step.
+
+    `name` is that of the argument which the parameters come from, for errors.
+    """
 
     optimizer: Optimizer
     rows: list[int]
     params: list[Tensor]
     hyper: dict[str, Any]
     mode: int
+    name: str = "base_params"
 
     def gradient(self, i: int) -> Tensor:
         """The gradient of the step, still in `.grad`."""
-        grad = self.params[i].grad
-        if grad is None:
-            raise ValueError(
-                f"base_params: tensor {self.rows[i]} (shape {tuple(self.params[i].shape)}) has no .grad, which the"
-                " adaptation needs; call meta_grad after optimizer.step() and before zero_grad()"
-            )
-        if grad.is_sparse:
-            raise TypeError(
-                f"base_params: tensor {self.rows[i]} has a sparse .grad; build the embedding with sparse=False"
-            )
-        return grad
+        return gradient_of_step(self.params[i], self.hyper, self.name, self.rows[i])
+
+
+def gradient_of_step(p: Tensor, hyper: dict[str, Any], name: str, row: int) -> Tensor:
+    """The gradient that the last step was made with (`hyper` is its record), still in `.grad`.
+
+    Raises:
+        ValueError: it is gone, or another one stands there. TypeError: it is sparse.
+    """
+    grad = p.grad
+    if grad is None:
+        raise ValueError(
+            f"{name}: tensor {row} (shape {tuple(p.shape)}) has no .grad, which the"
+            " adaptation needs; call meta_grad after optimizer.step() and before zero_grad()"
+        )
+    if grad.is_sparse:
+        raise TypeError(f"{name}: tensor {row} has a sparse .grad; build the embedding with sparse=False")
+    if not step_record.unchanged(hyper, p):
+        raise ValueError(
+            f"{name}: the .grad of tensor {row} (shape {tuple(p.shape)}) was changed or replaced after the optimizer's"
+            " last step, so it is not the gradient of that step, which the adaptation needs; call meta_grad right after"
+            " optimizer.step(), before another backward() or zero_grad(). Where a GradScaler may have skipped the"
+            " step, pass grad_scaler="
+        )
+    return grad
 
 
 Family = Callable[[GroupStep], list[OpCall]]

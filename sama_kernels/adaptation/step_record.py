@@ -1,28 +1,35 @@
-"""The hyperparameters with which an optimizer made its last step.
+"""What an optimizer's last step was made with: hyperparameters, gradients, and whether it was made at all.
 
-A scheduler may change lr (OneCycleLR: also betas and momentum) between the step and the meta gradient, but D belongs
-to the step. A global step pre-hook of torch.optim, installed when sama_kernels is imported, copies the group's
-hyperparameters for the optimizer types that have an adaptation, and notes which parameters sat the step out.
+A scheduler may change lr (OneCycleLR: also betas and momentum) between the step and the meta gradient, and another
+backward may change `.grad`, but D belongs to the step. Global step hooks of torch.optim, installed when sama_kernels
+is imported, copy the group's hyperparameters for the optimizer types that have an adaptation, and note which
+parameters sat the step out and which tensors stood in `.grad`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _records: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 _counts: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+_rounding_bases: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+_found_infs: WeakKeyDictionary[Optimizer, Tensor | None] = WeakKeyDictionary()  # an entry: a step was seen
 _types: set[type[Optimizer] | str] = set()
 
 SKIPPED = "sama_skipped"
 """Key of the ids of the parameters that had no gradient at this step, so that it did not move them."""
 FIRST_STEP = "sama_first_step"
 """Key of the ids of the parameters whose momentum buffer this step creates (kept only where dampening is not 0)."""
-NOTES = (SKIPPED, FIRST_STEP)
+GRADS = "sama_grads"
+"""Key of what stood in `.grad` after the step: the parameter's id -> (weak reference to the tensor, its version)."""
+NOTES = (SKIPPED, FIRST_STEP, GRADS)
 """The keys of a record that are no hyperparameters."""
 
 
@@ -43,15 +50,71 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     return recorded + [_hyperparameters(group) for group in groups[len(recorded) :]]
 
 
+def is_recorded(optimizer: Optimizer) -> bool:
+    """Whether `hyperparameters` are those of a step."""
+    return optimizer in _records
+
+
 def steps_made(optimizer: Optimizer) -> int:
-    """How many steps this optimizer has made since the import."""
+    """How many steps this optimizer has made: since the import, or in all if `restore` said how many there were."""
     return _counts.get(optimizer, 0)
 
 
-def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def rounding_base(optimizer: Optimizer) -> int:
+    """The number that the seeds of its stochastic roundings start from: `torch.initial_seed()` when first asked."""
+    return _rounding_bases.setdefault(optimizer, torch.initial_seed())
+
+
+def step_seen(optimizer: Optimizer) -> bool:
+    """Whether it has made a step in this process, since the import."""
+    return optimizer in _found_infs
+
+
+def found_inf(optimizer: Optimizer) -> Tensor | None:
+    """Not 0 if a GradScaler made the last step of a fused optimizer idle; None if the step was an ordinary one."""
+    return _found_infs.get(optimizer)
+
+
+def unchanged(hyper: dict[str, Any], p: Tensor) -> bool:
+    """Whether `.grad` still is what it was after the step of `hyper` (also if that step was not seen)."""
+    if GRADS not in hyper:
+        return True
+    reference, version = hyper[GRADS].get(id(p), (_nothing, 0))
+    grad = p.grad
+    return reference() is grad and (grad is None or grad._version == version)
+
+
+def restore(optimizer: Optimizer, steps: int, base: int, groups: list[dict[str, Any]]) -> None:
+    """Go on from a checkpoint (`sama_kernels.load_state_dict`); `groups` may be empty: no step was seen."""
+    _counts[optimizer], _rounding_bases[optimizer] = steps, base
+    _found_infs.pop(optimizer, None)
+    _records.pop(optimizer, None)
+    if groups:
+        _records[optimizer] = groups
+
+
+def _nothing() -> None:
+    return None
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _counts[optimizer] = _counts.get(optimizer, 0) + 1
     if type(optimizer) in _types or name(type(optimizer)) in _types:
         _records[optimizer] = [_snapshot(optimizer, group) for group in optimizer.param_groups]
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    found = getattr(optimizer, "found_inf", None)  # a GradScaler lends it to fused optimizers for the step
+    _found_infs[optimizer] = found if isinstance(found, Tensor) else None
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    for group, record in zip(optimizer.param_groups, _records.get(optimizer, ()), strict=False):
+        record[GRADS] = _gradients(group["params"])
+        if closure is not None:  # it made the gradients inside the step
+            record[SKIPPED] = {id(p) for p in group["params"] if p.grad is None}
+
+
+def _gradients(params: Iterable[Tensor]) -> dict[int, tuple[ref[Tensor], int]]:
+    return {id(p): (ref(g), g._version) for p in params if (g := p.grad) is not None}
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
@@ -71,4 +134,5 @@ def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-register_optimizer_step_pre_hook(_record)
+register_optimizer_step_pre_hook(_before)
+register_optimizer_step_post_hook(_after)
