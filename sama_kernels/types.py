@@ -94,7 +94,10 @@ class Problem:
 
     def scaled(self, loss: Tensor) -> Tensor:
         """`loss` as it is differentiated: times the scale of the GradScaler, where there is one."""
-        return loss if self.loss_scale is None else loss * self.loss_scale
+        if self.loss_scale is None:
+            return loss
+        with torch.enable_grad():
+            return loss * self.loss_scale
 
     @property
     def tiny(self) -> float:

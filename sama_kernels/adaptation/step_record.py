@@ -79,9 +79,11 @@ def unchanged(hyper: dict[str, Any], p: Tensor) -> bool:
     """Whether `.grad` still is what it was after the step of `hyper` (also if that step was not seen)."""
     if GRADS not in hyper:
         return True
-    reference, version = hyper[GRADS].get(id(p), (_nothing, 0))
-    grad = p.grad
-    return reference() is grad and (grad is None or grad._version == version)
+    seen, grad = hyper[GRADS].get(id(p)), p.grad
+    if seen is None or grad is None:
+        return seen is grad
+    reference, version = seen
+    return reference() is grad and grad._version == version
 
 
 def restore(optimizer: Optimizer, steps: int, base: int, groups: list[dict[str, Any]]) -> None:
@@ -91,10 +93,6 @@ def restore(optimizer: Optimizer, steps: int, base: int, groups: list[dict[str, 
     _records.pop(optimizer, None)
     if groups:
         _records[optimizer] = groups
-
-
-def _nothing() -> None:
-    return None
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
