@@ -240,6 +240,22 @@ def test_overflow_of_the_scaled_gradients_is_degenerate(where: str, update_base:
     assert not loop.meta_grad(update_base=update_base).degenerate
     moved = any(not same_bits(p, q) for p, q in zip(loop.net.parameters(), before, strict=True))
     assert moved == update_base
+    # An older graph that saved theta may be used again if theta came back, and must not be if it moved.
+    assert (versions == [p._version for p in loop.net.parameters()]) != update_base
+
+
+class MyAdam(torch.optim.Adam):
+    """Has no adaptation, so only D = I can be asked for, and its steps are not recorded."""
+
+
+def test_d_is_the_identity_of_any_optimizer() -> None:
+    loop = Loop(MyAdam, GradScaler("cpu", init_scale=SCALE))
+    loop.step(overflow=True)
+    assert loop.meta_grad(adaptation="none").degenerate
+    with pytest.raises(TypeError, match=r"optimizer: no adaptation for .*MyAdam"):
+        loop.meta_grad()
+    loop.step()
+    assert same(loop.meta_grad(adaptation="none"), loop.meta_grad(adaptation="none", grad_scaler=None))
 
 
 class NoCopyToTheHost(TorchDispatchMode):
@@ -261,6 +277,39 @@ def test_no_number_is_read_on_the_host(case: int, overflow: bool, backend: str) 
         for clipping in ({"clip_coef": coef, "clip_rank_one": True}, {"clip_value": 0.1}):
             out = loop.meta_grad(backend=backend, update_base=True, **clipping)
     assert out.degenerate == overflow
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overflow", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_on_a_gpu_the_host_does_not_wait(fused: bool, overflow: bool) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).cuda()
+    x, lam = torch.randn(32, 64, device="cuda"), torch.zeros(32, 1, device="cuda", requires_grad=True)
+    optimizer, scaler = torch.optim.Adam(net.parameters(), fused=fused), GradScaler("cuda", init_scale=SCALE)
+
+    def base_loss(factor: float = 1.0) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.float16):
+            return (lam.sigmoid() * net(x).float().square()).mean() * factor
+
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(base_loss(math.inf if overflow and step == 2 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        total = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+        scaler.step(optimizer)
+        scaler.update()
+    arguments: dict[str, Any] = {
+        "base_params": net, "meta_params": [lam], "optimizer": optimizer, "alpha": 0.1, "grad_scaler": scaler,
+        "clip_coef": sk.clip_coef(total, 0.01), "clip_rank_one": True,
+    }  # fmt: skip
+    sk.meta_grad(base_loss, base_loss, **arguments)  # compiles and loads
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = sk.meta_grad(base_loss, base_loss, **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.degenerate == overflow and (out.grads[0] == 0).all() == overflow
 
 
 class SoftPrompt:
