@@ -61,7 +61,7 @@ def load_state_dict(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"state: it is of an optimizer with parameter groups of {found} tensors, and this one's have {expected}"
             )
-    records = [_unpacked(g, group["params"]) for g, group in zip(groups, optimizer.param_groups, strict=False)]
+    records = [_unpacked(g, group) for g, group in zip(groups, optimizer.param_groups, strict=False)]
     step_record.restore(optimizer, int(state["steps"]), int(state["rounding_base"]), records)
 
 
@@ -82,9 +82,12 @@ def _packed(record: Mapping[str, Any], params: list[Tensor]) -> dict[str, Any]:
     return {"size": len(params), "hyperparameters": {k: v for k, v in plain.items() if v is not ...}, **positions}
 
 
-def _unpacked(group: Mapping[str, Any], params: list[Tensor]) -> dict[str, Any]:
-    positions = {key: {id(params[i]) for i in group[key]} for key in _BY_PARAMETER if key in group}
-    return {**group["hyperparameters"], **positions}
+def _unpacked(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a step; hyperparameters that JSON cannot hold are taken from the group as it is today."""
+    params = group["params"]
+    positions = {key: {id(params[i]) for i in saved[key]} for key in _BY_PARAMETER if key in saved}
+    today = {key: value for key, value in group.items() if key != "params"}
+    return {**today, **saved["hyperparameters"], **positions}
 
 
 def _plain(value: Any) -> Any:

