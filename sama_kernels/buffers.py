@@ -77,8 +77,8 @@ class BufferGuard:
         if changed:
             raise RuntimeError(
                 f"base_loss, meta_loss: buffers of {', '.join(changed)} changed in the meta step, but with"
-                " torch.compile in play this module could not be found in advance; let the closures reach it through a variable, an"
-                " attribute or an argument (of functools.partial)"
+                " torch.compile in play this module could not be found in advance; let the closures reach it through a"
+                " variable, an attribute or an argument (of functools.partial)"
             )
 
 

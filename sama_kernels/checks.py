@@ -102,8 +102,8 @@ def disjoint(base_params: Sequence[Tensor], meta_params: Sequence[Tensor], given
         shared = [names.get(id(p), f"tensor {i}") for i, p in enumerate(meta_params) if id(p) in both]
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         raise ValueError(
-            f"meta_params: {', '.join(shared[:3])}{more} of these are base_params too; pass base_params without them:"
-            " [p for name, p in model.named_parameters() if name not in (...)]"
+            f"meta_params: {len(both)} of these tensors are base_params too ({', '.join(shared[:3])}{more}); pass"
+            " base_params without them: [p for name, p in model.named_parameters() if name not in ...]"
         )
 
 
