@@ -6,10 +6,12 @@ import gc
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+_compared: WeakSet[nn.Module] = WeakSet()  # found in a meta step that changed no other module's buffers
 Saved = list[tuple[str, Tensor, Tensor, int]]
 
 
@@ -21,14 +23,15 @@ class BufferGuard:
 
     Which other modules run is learnt from a forward pre-hook on all modules, however the closures reach them.
     torch.compile would trace that hook, break its graphs at it and warn about it; so where compiled code is in play
-    (`compiled`), `modules` are all those that `reach` found, and there is no hook. With `check` the other modules of
-    the process are compared before and after: a buffer that changed there is an error, not a silent difference.
+    (`compiled`), `modules` are all those that `reach` found, and there is no hook. In the first meta step with new
+    modules, or new code (`first`), the other modules of the process are compared before and after: a buffer that
+    changed there is an error, not a silent difference.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, compiled: bool = False, check: bool = False) -> None:
-        self._modules = modules
+    def __init__(self, modules: Iterable[nn.Module], *, compiled: bool = False, first: bool = False) -> None:
+        self._modules = tuple(modules)
         self._compiled = compiled
-        self._check = check
+        self._compare = compiled and (first or any(m not in _compared for m in self._modules))
         self._saved: dict[nn.Module, Saved] = {}
         self._others: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
         self._cleanup = ExitStack()
@@ -40,15 +43,16 @@ class BufferGuard:
         if not self._compiled:
             handle = nn.modules.module.register_module_forward_pre_hook(self._before_forward(threading.get_ident()))
             self._cleanup.callback(handle.remove)
-        if self._check:
+        if self._compare:
             self._others = [(m, _versions(m)) for m in _living_modules() if m._buffers and m not in self._saved]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._cleanup.close()
         self.restore()
-        if kind is None:
+        if self._compare and kind is None:
             self._compare_others()
+            _compared.update(self._modules)
 
     def restore(self) -> None:
         """Put every buffer seen so far back: the same tensor objects with the same contents and version counters."""

@@ -13,17 +13,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sama_kernels.guards import RngState
 from sama_kernels.types import Closure
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Tape:
@@ -85,11 +82,9 @@ class NeedsCentre(Exception):
     """A perturbed pass asked for a value at theta and there is no tape; `passes` catches it, users never see it."""
 
 
-def _never_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` outside every compiled graph: a trace would freeze what the session of its first call said."""
-    reason = "sama_kernels.stop_gradient and @recorded keep track of calls; compile the model instead of the closure"
-    disabled: Callable[P, R] = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]
-    return disabled
+# Outside every compiled graph: a trace would freeze what the session of its first call said. This is
+# torch.compiler.disable, but torch._dynamo is imported at the first call (it takes 1.3 seconds).
+_never_compiled = _disable_dynamo
 
 
 class _Session(threading.local):

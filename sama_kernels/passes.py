@@ -41,9 +41,9 @@ def direct_gradient(
 
 
 def buffer_guard(problem: Problem) -> BufferGuard:
-    """The guard of this meta step; the first one with a new closure compares all modules (it takes up to 0.1 s)."""
+    """The guard of this meta step."""
     first = any(map(detach_watch.is_new, problem.base_losses))
-    return BufferGuard(problem.modules, compiled=problem.compiled, check=problem.compiled and first)
+    return BufferGuard(problem.modules, compiled=problem.compiled, first=first)
 
 
 class Perturbation:

@@ -12,12 +12,17 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
-_LIMIT = 50_000  # objects looked at: a closure over a data set of millions must not slow the meta step down
+# A closure over a data set of millions must not slow the meta step down.
+_LIMIT = 20_000  # objects looked at
+_LONG = 1_000  # elements of one container looked at
+# Attributes of every module that lead to no other; `modules()` gives its submodules.
+_STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _LEAVES = (Tensor, str, bytes, int, float, complex, type, type(None))
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 # Code of these packages is not searched for globals, and objects of the first ones not for attributes.
@@ -46,10 +51,13 @@ def reachable(roots: Iterable[object]) -> Reach:
         if id(item) in seen:
             continue
         seen[id(item)] = item  # keeps it alive, so that its id stays its own
-        if isinstance(item, nn.Module):
-            found.modules[item] = None
+        if isinstance(item, nn.Module):  # at once, and not after the rest of a large container
+            inside = [m for m in item.modules() if m not in found.modules]
+            found.modules.update(dict.fromkeys(inside))
+            queue.extend(inside)
         found.compiled = found.compiled or _is_compiled(item)
         queue.extend(x for x in _neighbours(item) if not isinstance(x, _LEAVES))
+    found.compiled = found.compiled or any(map(_is_compiled, found.modules))
     return found
 
 
@@ -68,12 +76,13 @@ def _neighbours(item: Any) -> Iterator[object]:
     elif isinstance(item, functools.partial):
         yield from (item.func, *item.args, *item.keywords.values())
     elif isinstance(item, dict):
-        yield from item.values()
+        yield from tuple(islice(item.values(), _LONG))  # at once, as other threads may work on it
     elif isinstance(item, _CONTAINERS):
-        yield from item
+        yield from tuple(islice(item, _LONG))
     elif isinstance(item, nn.Module | SimpleNamespace | argparse.Namespace) or not _from(type(item), _CLOSED):
-        # A module has 16 dicts of hooks and the like, nearly all of them empty.
-        yield from (x for x in getattr(item, "__dict__", {}).values() if not (isinstance(x, dict) and not x))
+        attributes = getattr(item, "__dict__", {}).copy()
+        skipped = _STATE if isinstance(item, nn.Module) else ()
+        yield from (x for name, x in attributes.items() if name not in skipped and not (isinstance(x, dict) and not x))
         yield from (getattr(item, name, None) for name in getattr(type(item), "__slots__", ()))
         for base in type(item).__mro__:
             if not _from(base, _LIBRARIES):

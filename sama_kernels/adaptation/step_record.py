@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -71,4 +72,5 @@ def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-register_optimizer_step_pre_hook(_record)
+# Where the step itself is compiled, a trace of the hook would be guarded by the records of all other optimizers.
+register_optimizer_step_pre_hook(_disable_dynamo(_record))
