@@ -192,3 +192,26 @@ def dense(name: str, grads: Sequence[Tensor | None]) -> None:
     sparse = [i for i, g in enumerate(grads) if g is not None and g.layout != torch.strided]
     if sparse:
         raise TypeError(f"{name}: tensor {sparse[0]} gets a sparse gradient; build the embedding with sparse=False")
+
+
+def whole_graph(name: str, loss: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient may be None only because the graph of `loss` has a reentrant checkpoint in it.
+
+    What is read inside one has no edge in the graph; only a full `.backward()` reaches it.
+    """
+    if all(g is not None for g in grads):
+        return
+    nodes, seen = [loss.grad_fn], {loss.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                f"{name}: it uses reentrant checkpointing, which hides the parameters inside it from"
+                " torch.autograd.grad; use checkpoint(..., use_reentrant=False), in transformers"
+                ' gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        inputs = {f for f, _ in node.next_functions} - seen
+        seen |= inputs
+        nodes += inputs

@@ -180,6 +180,7 @@ class PerturbedPasses:
             watch.report(closure)
         with self._interrupts.allowed():
             grads = torch.autograd.grad(loss, self._meta_params, allow_unused=True)
+            checks.whole_graph("base_loss", loss, grads)
         checks.dense("meta_params", grads)
         return loss.detach().reshape(()), list(grads)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sama_kernels as sk
+from sama_kernels.ownership import own
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
@@ -258,3 +259,13 @@ def test_stop_gradient_and_fullgraph_exclude_each_other() -> None:
     compiled = torch.compile(lambda x: sk.stop_gradient(x) * x, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"function `stop_gradient`"):
         compiled(torch.ones(2))
+
+
+def test_gradients_are_taken_without_a_copy_after_a_failed_compilation() -> None:
+    """It leaves torch.compile's evaluation of frames behind, under which Python counts one reference more."""
+    compiled = torch.compile(lambda x: sk.stop_gradient(x) * x, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(torch.ones(2))
+    grads: list[Tensor | None] = [torch.ones(3), torch.ones(6).view(2, 3)]
+    places = [g.data_ptr() for g in grads if g is not None]
+    assert [g.data_ptr() for g in own(grads, [torch.ones(3), torch.ones(2, 3)]) if g is not None] == places
