@@ -30,6 +30,7 @@ def direct_gradient(
         loss = problem.meta_loss()
         checks.scalar_loss("meta_loss", loss, "base_params")
         grads = torch.autograd.grad(loss, (*problem.base_params, *problem.meta_params), allow_unused=True)
+        checks.whole_graph("meta_loss", loss, grads[:n])
         loss = loss.detach().reshape(())
     d: list[Tensor | None] = list(grads[:n])
     explicit: list[Tensor | None] = list(grads[n:])
