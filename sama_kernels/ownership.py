@@ -51,4 +51,3 @@ def _calibrate(fresh: list[Tensor]) -> tuple[int, ...]:
     """The counts of a tensor that only a list holds."""
     grad = fresh[0]
     return _references(grad)
-
