@@ -66,8 +66,8 @@ def test_adapters_against_double_backward(variant: dict[str, Any]) -> None:
 
 
 def test_a_detach_inside_an_adapter_is_noticed() -> None:
-    """DoRA holds its weight norms by a plain detach (its paper, Eq. 5), which a finite difference does not see: an error
-    that does not fall with alpha. peft's code cannot use stop_gradient, so a warning is all there can be."""
+    """DoRA holds its weight norms by a plain detach (its paper, Eq. 5), which a finite difference does not see: the
+    error does not fall with alpha. peft's code cannot use stop_gradient, so a warning is all there can be."""
     torch.manual_seed(0)
     problem = reweighting(lora(bert(), use_dora=True))
     expected = exact(problem)
