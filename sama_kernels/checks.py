@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ADAPTATIONS = ("paper", "exact", "none")
 HOLDS = ("auto", "center")
 ROUNDINGS = ("nearest", "stochastic")
 SYNCS = ("final", "full", "none")
+_EXPECTED = "an nn.Module or an iterable of tensors and modules"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -37,20 +38,37 @@ def closures(name: str, value: object) -> tuple[Callable[[], Tensor], ...]:
     return found
 
 
-def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
-    """The parameters of a module that require grad, or the tensors of an iterable, without repetition.
+def reusable(value: Any) -> Any:
+    """`value`, or a list of what it yields if it can be gone through only once (`module.parameters()`)."""
+    return list(value) if isinstance(value, Iterator) else value
 
-    With `skip_frozen`, tensors of an iterable that do not require grad are left out as well; otherwise they are errors.
+
+def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
+    """The tensors of a module, or of an iterable of tensors and modules, that require grad, without repetition.
+
+    Of a module, parameters that do not require grad are left out. With `skip_frozen`, so are such tensors of an
+    iterable, and modules without any other; otherwise they are errors.
     """
-    if isinstance(value, torch.nn.Module):
-        found = [p for p in value.parameters() if p.requires_grad]
-    elif isinstance(value, Tensor) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: expected an nn.Module or an iterable of tensors, got {type(value).__name__}")
-    else:
-        found = list(dict.fromkeys(value))
+    if isinstance(value, Tensor | str) or not isinstance(value, nn.Module | Iterable):
+        raise TypeError(f"{name}: expected {_EXPECTED}, got {type(value).__name__}")
+    found: list[Tensor] = []
+    for i, item in enumerate([value] if isinstance(value, nn.Module) else value):
+        if isinstance(item, nn.Module):
+            trained = [p for p in item.parameters() if p.requires_grad]
+            if not (trained or skip_frozen or item is value):
+                raise ValueError(
+                    f"{name}: element {i} ({type(item).__name__}) has no parameter that requires grad; leave it out or"
+                    " call requires_grad_()"
+                )
+            found += trained
+        elif isinstance(item, Tensor):
+            found.append(item)
+        else:
+            raise TypeError(
+                f"{name}: element {i} is a {type(item).__name__}; expected {_EXPECTED} (of a dict, pass .values())"
+            )
+    found = list(dict.fromkeys(found))
     for i, t in enumerate(found):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: element {i} is a {type(t).__name__}, not a tensor")
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name}: tensor {i} is {t.dtype}; only float32, float64, bfloat16 and float16 can be used")
         if t.layout != torch.strided:
@@ -76,13 +94,30 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
 
 
-def disjoint(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> None:
-    """Raise if a tensor is both a base and a meta parameter."""
-    shared = len({id(p) for p in base_params} & {id(p) for p in meta_params})
-    if shared:
+def disjoint(base_params: Sequence[Tensor], meta_params: Sequence[Tensor], given: Sequence[Any]) -> None:
+    """Raise if a tensor is both a base and a meta parameter; modules in `given`, the two arguments, know its name."""
+    both = {id(p) for p in base_params} & {id(p) for p in meta_params}
+    if both:
+        names = _names(given)
+        shared = [names.get(id(p), f"tensor {i}") for i, p in enumerate(meta_params) if id(p) in both]
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         raise ValueError(
-            f"meta_params: {shared} of these tensors are base_params too; pass base_params as an iterable without them"
+            f"meta_params: {len(both)} of these tensors are base_params too ({', '.join(shared[:3])}{more}); pass"
+            " base_params without them: [p for name, p in model.named_parameters() if name not in ...]"
         )
+
+
+def _names(given: Sequence[Any]) -> dict[int, str]:
+    """Names of parameters in quotes, as far as modules were given: base_params first: the whole model tells most."""
+    modules: list[nn.Module] = []
+    for value in given:
+        items = [value] if isinstance(value, nn.Module) else value if isinstance(value, list | tuple) else []
+        modules += [item for item in items if isinstance(item, nn.Module)]
+    found: dict[int, str] = {}
+    for module in modules:
+        for name, p in module.named_parameters():
+            found.setdefault(id(p), repr(name))
+    return found
 
 
 def one_device(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> torch.device:
@@ -108,6 +143,11 @@ def held_by(optimizer: Any, params: Sequence[Tensor], name: str = "base_params")
         raise TypeError(
             f"optimizer: expected the torch.optim.Optimizer that made the base step, got {type(optimizer).__name__};"
             " a wrapper must be opened (e.g. .optimizer)"
+        )
+    if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: a {type(optimizer).__name__} is a wrapper; pass the optimizer inside it, which is its"
+            " attribute .optimizer"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [i for i, p in enumerate(params) if id(p) not in held]
@@ -185,3 +225,26 @@ def dense(name: str, grads: Sequence[Tensor | None]) -> None:
     sparse = [i for i, g in enumerate(grads) if g is not None and g.layout != torch.strided]
     if sparse:
         raise TypeError(f"{name}: tensor {sparse[0]} gets a sparse gradient; build the embedding with sparse=False")
+
+
+def whole_graph(name: str, loss: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient may be None only because the graph of `loss` has a reentrant checkpoint in it.
+
+    What is read inside one has no edge in the graph; only a full `.backward()` reaches it.
+    """
+    if all(g is not None for g in grads):
+        return
+    nodes, seen = [loss.grad_fn], {loss.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                f"{name}: it uses reentrant checkpointing, which hides the parameters inside it from"
+                " torch.autograd.grad; use checkpoint(..., use_reentrant=False), in transformers"
+                ' gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        inputs = {f for f, _ in node.next_functions} - seen
+        seen |= inputs
+        nodes += inputs

@@ -1,4 +1,4 @@
-"""What a meta step must leave as it found it: interrupts, random number generators, buffers, requires_grad flags."""
+"""What a meta step must leave as it found it: interrupts, random number generators, requires_grad flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Interrupts:
@@ -88,51 +88,6 @@ class RngState:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
-
-
-class BufferGuard:
-    """Buffers (BatchNorm statistics) of the given modules, and of any other module that runs meanwhile.
-
-    `with BufferGuard(modules) as buffers:` saves them, `buffers.restore()` puts them back so that the next pass sees
-    the same function, and leaving the block restores them, whatever happened.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._roots = modules
-        self._saved: dict[nn.Module, list[tuple[str, Tensor, Tensor, int]]] = {}
-
-    def __enter__(self) -> BufferGuard:
-        for root in self._roots:
-            for module in root.modules():
-                self._save(module)
-        # Also modules that the closures reach in another way: base_params may be a bare list of tensors.
-        thread = threading.get_ident()
-
-        def before_forward(module: nn.Module, _: object) -> None:
-            if threading.get_ident() == thread:  # the hook is global, but other threads' modules are not ours
-                self._save(module)
-
-        self._handle = nn.modules.module.register_module_forward_pre_hook(before_forward)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-        self.restore()
-
-    def restore(self) -> None:
-        """Put every buffer seen so far back: the same tensor objects with the same contents and version counters."""
-        with torch.no_grad():
-            for module, buffers in self._saved.items():
-                for name, buffer, contents, version in buffers:
-                    module._buffers[name] = buffer
-                    buffer.copy_(contents)
-                    torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
-
-    def _save(self, module: nn.Module) -> None:
-        if module._buffers and module not in self._saved:
-            self._saved[module] = [
-                (name, b, b.detach().clone(), b._version) for name, b in module._buffers.items() if b is not None
-            ]
 
 
 @contextmanager

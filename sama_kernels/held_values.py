@@ -16,6 +16,7 @@ from types import CodeType
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sama_kernels.guards import RngState
@@ -81,6 +82,11 @@ class NeedsCentre(Exception):
     """A perturbed pass asked for a value at theta and there is no tape; `passes` catches it, users never see it."""
 
 
+# Outside every compiled graph: a trace would freeze what the session of its first call said. This is
+# torch.compiler.disable, but torch._dynamo is imported at the first call (it takes 1.3 seconds).
+_never_compiled = _disable_dynamo
+
+
 class _Session(threading.local):
     """What `stop_gradient` does on this thread; None in an ordinary call."""
 
@@ -91,6 +97,7 @@ _session = _Session()
 _asks = WeakIdKeyDictionary()
 
 
+@_never_compiled
 def stop_gradient(x: Tensor) -> Tensor:
     """`x.detach()`, held at its value at theta in the perturbed passes of a meta step.
 
@@ -101,6 +108,8 @@ def stop_gradient(x: Tensor) -> Tensor:
         x: any tensor. Returns: a tensor of the same shape, dtype and device without a gradient.
     Raises:
         RuntimeError: in a perturbed pass, if the calls do not match those at theta in number, shape, dtype or device.
+    Inside a function given to torch.compile it breaks the graph (so `fullgraph=True` is not possible for that
+    function; it is for the model that it calls): what it returns is decided call by call.
     Source: the base gradient g(theta, lambda) of Eq. 4 in the paper holds such values fixed; Eq. 5 has to do the same.
     """
     handler = _session.handler
@@ -112,29 +121,48 @@ def recorded(closure: Closure) -> Closure:
 
     Every ordinary call starts a fresh tape, owned by the closure; a meta step with ``hold="auto"`` holds the values
     of the last ordinary call (which the base step on the same batch has just made) and replays its random numbers.
-    Without the decorator they come from one more no-grad evaluation at theta.
-    """
+    Without the decorator they come from one more no-grad evaluation at theta. Values and generator states are kept
+    until the next ordinary call, or as long as the closure itself (without their graph: they are detached).
 
-    @functools.wraps(closure)
+    With torch.compile write ``recorded(torch.compile(f))``. The other way round the recording is not compiled, nor is
+    `f`; models that `f` calls are if they were compiled themselves.
+    """
+    recording = Recording(closure)
+
+    @functools.wraps(closure, updated=())  # without torch.compile's marks on `closure`, which are not the wrapper's
     def wrapper() -> Tensor:
+        return recording.call()
+
+    wrapper.recording = recording  # type: ignore[attr-defined]
+    return wrapper
+
+
+class Recording:
+    """A `@recorded` closure and its last tape."""
+
+    def __init__(self, closure: Closure) -> None:
+        self._closure = closure
+        self.tape: Tape | None = None
+
+    @_never_compiled
+    def call(self) -> Tensor:
+        """Evaluate the closure; an ordinary call is taped."""
         if _session.handler is not None:  # inside a pass or another recording, which has its own tape
-            return closure()
-        wrapper.tape = None  # type: ignore[attr-defined]
+            return self._closure()
+        self.tape = None
         tape = Tape(RngState(_cuda_devices()))
         with handling(tape.record):
-            loss = closure()
+            loss = self._closure()
         if not tape.is_empty():
-            remember(closure)
-        wrapper.tape = tape  # type: ignore[attr-defined]
+            remember(self._closure)
+        self.tape = tape
         return loss
-
-    wrapper.tape = None  # type: ignore[attr-defined]
-    return wrapper
 
 
 def tape_of(closure: Closure) -> Tape | None:
     """The tape of the last ordinary call of a `@recorded` closure, if it can still be used."""
-    tape: Tape | None = getattr(closure, "tape", None)
+    recording = getattr(closure, "recording", None)
+    tape = recording.tape if isinstance(recording, Recording) else None
     return tape if tape is not None and tape.intact() else None
 
 

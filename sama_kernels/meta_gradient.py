@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sama_kernels import adaptation as adaptations
 from sama_kernels import backends, checks, clipping, ops, scaling
 from sama_kernels.function import SamaFunction
-from sama_kernels.guards import BufferGuard, Interrupts, RngState, frozen
-from sama_kernels.passes import Perturbation, PerturbedPasses, direct_gradient
+from sama_kernels.guards import Interrupts, RngState, frozen
+from sama_kernels.passes import Perturbation, PerturbedPasses, buffer_guard, direct_gradient
+from sama_kernels.reach import reachable
 from sama_kernels.types import Closure, MetaGradient, Problem
 
 P = ParamSpec("P")
@@ -24,8 +25,8 @@ def meta_grad(
     base_loss: Closure | Sequence[Closure],
     meta_loss: Closure,
     *,
-    base_params: nn.Module | Iterable[Tensor],
-    meta_params: nn.Module | Iterable[Tensor],
+    base_params: nn.Module | Iterable[Tensor | nn.Module],
+    meta_params: nn.Module | Iterable[Tensor | nn.Module],
     optimizer: torch.optim.Optimizer | None,
     alpha: float = 1.0,
     adaptation: str = "paper",
@@ -52,9 +53,10 @@ def meta_grad(
             `x.detach()`. Terms that do not read lambda may be left out, which saves their forward passes: what they
             did to theta is in `.grad` and in the optimizer's state.
         meta_loss: L_meta, a function () -> scalar tensor that reads theta (and lambda, if it likes).
-        base_params: theta, an nn.Module or an iterable of leaf tensors; float32, float64, bfloat16 or float16, any
-            shapes. Those that do not require grad are left out.
-        meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad.
+        base_params: theta, an nn.Module or an iterable of leaf tensors and modules; float32, float64, bfloat16 or
+            float16, any shapes. Those that do not require grad are left out.
+        meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad. No tensor
+            may be in both: where lambda is part of the model, pass the other parameters as base_params.
         optimizer: the torch optimizer that made the base step, of exactly one of the types in `info()["optimizers"]`
             (docs/optimizers.md) or one given to `register_adaptation`. May be None with adaptation="none".
         alpha: L2 length of the perturbation over all of theta, absolute as in the paper. What matters is its size
@@ -97,19 +99,23 @@ def meta_grad(
     theta = checks.tensors("base_params", base_params, skip_frozen=True)
     lam = checks.tensors("meta_params", meta_params, skip_frozen=False)
     checks.leaves("base_params", theta)
-    checks.disjoint(theta, lam)
+    checks.disjoint(theta, lam, (base_params, meta_params))
     device = checks.one_device(theta, lam)
     masters = checks.masters(master_params, theta, update_base)
     stepped, name = (theta, "base_params") if masters is None else (masters, "master_params")
     if optimizer is not None or adaptation != "none":
         checks.held_by(optimizer, stepped, name)
     loss_scale = scaling.scale_of(grad_scaler, device)
+    base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
+    reach = reachable((*base_losses, meta_closure, base_params, meta_params))
+    given = (m for m in (base_params, meta_params) if isinstance(m, nn.Module))
     problem = Problem(
-        base_losses=checks.closures("base_loss", base_loss),
-        meta_loss=checks.closures("meta_loss", meta_loss)[0],
+        base_losses=base_losses,
+        meta_loss=meta_closure,
         base_params=theta,
         meta_params=lam,
-        modules=tuple(m for m in (base_params, meta_params) if isinstance(m, nn.Module)),
+        modules=tuple(reach.modules if reach.compiled else given),
+        compiled=reach.compiled,
         optimizer=optimizer,
         alpha=checks.positive("alpha", alpha),
         adaptation=adaptation,
@@ -150,7 +156,8 @@ def _called_like(_: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P
 @_called_like(meta_grad)
 def meta_backward(*args: Any, **kwargs: Any) -> MetaGradient:
     """Like `meta_grad`, with the same arguments, and accumulates into the `.grad` of lambda, like `backward`."""
-    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"), skip_frozen=False)
+    kwargs["meta_params"] = given = checks.reusable(kwargs.get("meta_params"))
+    lam = checks.tensors("meta_params", given, skip_frozen=False)
     result = meta_grad(*args, **kwargs)
     torch.autograd.backward(lam, result.grads)
     return result
@@ -163,7 +170,8 @@ def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
     It can be added to other terms in lambda, and lambda may itself be computed from other tensors (a hypernetwork).
     The passes run here, not in `backward()`.
     """
-    kwargs["meta_params"] = lam = checks.tensors("meta_params", kwargs.get("meta_params"), skip_frozen=False)
+    kwargs["meta_params"] = given = checks.reusable(kwargs.get("meta_params"))
+    lam = checks.tensors("meta_params", given, skip_frozen=False)
     loss: Tensor = SamaFunction.apply(lambda: meta_grad(*args, **kwargs), *lam)  # type: ignore[no-untyped-call]
     return loss
 
@@ -180,7 +188,7 @@ def _sama(problem: Problem) -> MetaGradient:
         Interrupts() as interrupts,
         torch.no_grad(),
         RngState({p.device for p in problem.base_params}) as rng,
-        BufferGuard(problem.modules) as buffers,
+        buffer_guard(problem) as buffers,
     ):
         # 1. The direct gradient d.
         meta_loss, v, explicit = direct_gradient(problem, interrupts)

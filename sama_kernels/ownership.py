@@ -16,13 +16,16 @@ def own(grads: list[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | Non
     holds. Those are copied into the layout of `like`; all others (every gradient of a transformer) are taken as they
     are. `grads` itself must be the only list that holds them.
     """
+    # Measured here and now: the counts differ between versions of torch and Python, and where torch.compile has
+    # replaced Python's own evaluation of frames.
+    plain, view = _calibrate([torch.ones(2, device="cpu")]), _calibrate([torch.ones(2, device="cpu").view(2)])
     result: list[Tensor | None] = []
     storages: set[int] = set()
     for i in range(len(grads)):
         grad = grads[i]
         if grad is not None:
             storage = grad.untyped_storage().data_ptr()
-            exclusive = _references(grad) == (_VIEW if grad._is_view() else _PLAIN)
+            exclusive = _references(grad) == (view if grad._is_view() else plain)
             if not exclusive or storage in storages or torch._debug_has_internal_overlap(grad) != 0:
                 grad = torch.empty_like(like[i], requires_grad=False).copy_(grad)
                 storage = grad.untyped_storage().data_ptr()
@@ -45,10 +48,6 @@ def _references(grad: Tensor) -> tuple[int, ...]:
 
 
 def _calibrate(fresh: list[Tensor]) -> tuple[int, ...]:
-    """The counts of a tensor that only a list holds; they differ between versions of torch and Python."""
+    """The counts of a tensor that only a list holds."""
     grad = fresh[0]
     return _references(grad)
-
-
-_PLAIN = _calibrate([torch.ones(2)])
-_VIEW = _calibrate([torch.ones(2).view(2)])

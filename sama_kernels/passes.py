@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sama_kernels import checks, detach_watch, ops
 from sama_kernels import held_values as holding
-from sama_kernels.guards import BufferGuard, Interrupts, RngState
+from sama_kernels.buffers import BufferGuard
+from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.ownership import own
 from sama_kernels.replayed_masks import ReplayedMasks
 from sama_kernels.types import Problem
@@ -31,6 +32,7 @@ def direct_gradient(
         checks.scalar_loss("meta_loss", loss, "base_params")
         inputs = (*problem.base_params, *problem.meta_params)
         grads = torch.autograd.grad(problem.scaled(loss), inputs, allow_unused=True)
+        checks.whole_graph("meta_loss", loss, grads[:n])
         loss = loss.detach().reshape(())
     d: list[Tensor | None] = list(grads[:n])
     explicit: list[Tensor | None] = list(grads[n:])
@@ -39,6 +41,12 @@ def direct_gradient(
         raise ValueError("meta_loss: it does not read any base parameter; compute it with base_params")
     checks.dense("base_params", d)
     return loss, own(d, problem.base_params), explicit
+
+
+def buffer_guard(problem: Problem) -> BufferGuard:
+    """The guard of this meta step."""
+    first = any(map(detach_watch.is_new, problem.base_losses))
+    return BufferGuard(problem.modules, compiled=problem.compiled, first=first)
 
 
 class Perturbation:
@@ -113,6 +121,7 @@ class PerturbedPasses:
     def __init__(self, problem: Problem, buffers: BufferGuard, rng: RngState, interrupts: Interrupts) -> None:
         self._losses = problem.base_losses
         self._scaled = problem.scaled
+        self._compiled = problem.compiled
         self._base_params = problem.base_params
         self._meta_params = problem.meta_params
         self._buffers = buffers
@@ -129,10 +138,13 @@ class PerturbedPasses:
         if self._tapes is None and any(map(holding.is_known_to_ask, self._losses)):
             self._visit_centre(theta)
         try:
-            return self._run_keeping_masks()
+            result = self._run_keeping_masks()
         except holding.NeedsCentre:
             self._visit_centre(theta)
-            return self._run_keeping_masks()
+            result = self._run_keeping_masks()
+        if self._compiled:
+            self._watch_uncompiled()
+        return result
 
     def at_minus(self) -> tuple[Tensor, list[Tensor | None]]:
         """Pass 3, at theta-."""
@@ -176,24 +188,43 @@ class PerturbedPasses:
     def _evaluate(self, i: int) -> tuple[Tensor, list[Tensor | None]]:
         """One microbatch: the loss and its gradient with respect to lambda."""
         closure = self._losses[i]
-        tape = self._tapes[i] if self._tapes is not None else None
-        if tape is not None:
-            tape.rewind()
-            if tape.rng is not None:  # the dropout masks of the call whose values are held
-                tape.rng.restore()
-        watch = detach_watch.DetachWatch(self._base_params) if detach_watch.is_new(closure) else None
-        handler = holding.refuse if tape is None else tape.replay
-        with torch.enable_grad(), holding.handling(handler), watch or nullcontext(), self._interrupts.allowed():
-            loss = closure()
-        if tape is not None:
-            tape.check_used_up()
+        watched = not self._compiled and detach_watch.is_new(closure)
+        watch = detach_watch.DetachWatch(self._base_params) if watched else None
+        loss = self._loss(i, watch or nullcontext())
         checks.scalar_loss("base_loss", loss, "meta_params")
         if watch is not None:
             watch.report(closure)
         with self._interrupts.allowed():
             grads = torch.autograd.grad(self._scaled(loss), self._meta_params, allow_unused=True)
+            checks.whole_graph("base_loss", loss, grads)
         checks.dense("meta_params", grads)
         return loss.detach().reshape(()), list(grads)
+
+    def _loss(self, i: int, context: AbstractContextManager[object]) -> Tensor:
+        """L_base of one microbatch at today's theta, with its held values."""
+        tape = self._tapes[i] if self._tapes is not None else None
+        if tape is not None:
+            tape.rewind()
+            if tape.rng is not None:  # the dropout masks of the call whose values are held
+                tape.rng.restore()
+        handler = holding.refuse if tape is None else tape.replay
+        with torch.enable_grad(), holding.handling(handler), context, self._interrupts.allowed():
+            loss = self._losses[i]()
+        if tape is not None:
+            tape.check_used_up()
+        return loss
+
+    def _watch_uncompiled(self) -> None:
+        """Look for detached values in one more evaluation, without torch.compile: compiled code hides them, and would
+        be compiled again for the watch's mode. A pass itself must not do without torch.compile, which may draw other
+        random numbers than eager code."""
+        self._rewind_randomness()
+        for i, closure in enumerate(self._losses):
+            if detach_watch.is_new(closure):
+                watch = detach_watch.DetachWatch(self._base_params)
+                with torch.compiler.set_stance("force_eager"):
+                    self._loss(i, watch)
+                watch.report(closure)
 
     def _rewind_randomness(self) -> None:
         self._rng.restore()

@@ -165,7 +165,7 @@ CASES: dict[str, tuple[Callable[[Setting], dict[str, Any]], type[Exception], str
     "one tensor": (
         lambda s: {"meta_params": s.lam},
         TypeError,
-        r"meta_params: expected an nn.Module or an iterable of tensors, got Tensor",
+        r"meta_params: expected an nn.Module or an iterable of tensors and modules, got Tensor",
     ),
     "names": (lambda s: {"base_params": ["weight"]}, TypeError, r"base_params: element 0 is a str"),
     "empty": (lambda s: {"base_params": []}, ValueError, r"base_params: no tensor"),

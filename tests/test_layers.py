@@ -41,9 +41,11 @@ LAYERS = [
     ["sama_kernels.backends.arguments"],
     [
         "sama_kernels.checks",
+        "sama_kernels.buffers",
         "sama_kernels.guards",
         "sama_kernels.ownership",
         "sama_kernels.replayed_masks",
+        "sama_kernels.reach",
         "sama_kernels.types",
         "sama_kernels.version",
     ],

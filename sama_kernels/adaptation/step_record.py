@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -132,5 +133,6 @@ def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-register_optimizer_step_pre_hook(_before)
-register_optimizer_step_post_hook(_after)
+# Where the step itself is compiled, a trace of the hooks would be guarded by the records of all other optimizers.
+register_optimizer_step_pre_hook(_disable_dynamo(_before))
+register_optimizer_step_post_hook(_disable_dynamo(_after))

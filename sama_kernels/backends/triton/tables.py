@@ -17,6 +17,8 @@ from sama_kernels.backends.arguments import share_dense_layout
 
 _ALIGNMENT = 16
 _MANY = 2**24
+# Tables that a CUDA graph reads, whatever the cache below forgets: torch does not say when a graph is gone.
+_captured: dict[int, tuple[Tensor, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Operands:
         for (dtypes, aligned), group in rows.items():
             block, blocks = _configuration(dtypes, sum(row[0] for row in group))
             table, chunks = _tables(self.device, stream, tuple(group), block * blocks)
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                _captured[id(table)] = (table, chunks)
             self.groups.append(Group(table, chunks, dtypes, aligned, block, blocks))
 
     @property
@@ -114,7 +118,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
         raise RuntimeError(
             "sama_kernels: the Triton backend cannot copy addresses or step counters to the GPU while a CUDA graph is"
             " captured: keep the counters on the GPU (capturable=True) and call the ops with the same tensors once"
-            " before, or use backend='cuda'"
+            " before, on the stream of the capture, or use backend='cuda'"
         )
     return values.pin_memory().to(device, non_blocking=True)
 

@@ -1,0 +1,125 @@
+"""What the closures of a meta step can reach: the modules whose buffers they may change, and compiled code.
+
+Found by looking, without running anything: the variables that a function closes over, the globals that its code names,
+`self`, the arguments of partials, containers, the attributes of objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+# A closure over a data set of millions must not slow the meta step down.
+_LIMIT = 20_000  # objects looked at
+_LONG = 1_000  # elements of one container looked at
+# Attributes of every module that lead to no other; `modules()` gives its submodules.
+_STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_LEAVES = (Tensor, str, bytes, int, float, complex, type, type(None))
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+# Code of these packages is not searched for globals, and objects of the first ones not for attributes.
+_CLOSED = {"torch", "numpy", "sama_kernels", "builtins", *sys.stdlib_module_names} - {"__main__"}
+_LIBRARIES = _CLOSED | {"transformers", "peft", "accelerate", "diffusers", "lightning"}
+
+
+@dataclass
+class Reach:
+    """The modules that were found, submodules included, and whether any of it goes through torch.compile.
+
+    Neither is complete: code may look things up by names made at run time. `buffers.BufferGuard` has a second line.
+    """
+
+    modules: dict[nn.Module, None] = field(default_factory=dict)
+    compiled: bool = False
+
+
+def reachable(roots: Iterable[object]) -> Reach:
+    """Follow `roots` (closures, modules, lists of tensors), nearest things first."""
+    found = Reach()
+    queue = deque(roots)
+    seen: dict[int, object] = {}
+    while queue and len(seen) < _LIMIT:
+        item = queue.popleft()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # keeps it alive, so that its id stays its own
+        if isinstance(item, nn.Module):  # at once, and not after the rest of a large container
+            inside = [m for m in item.modules() if m not in found.modules]
+            found.modules.update(dict.fromkeys(inside))
+            queue.extend(inside)
+        found.compiled = found.compiled or _is_compiled(item)
+        queue.extend(x for x in _neighbours(item) if not isinstance(x, _LEAVES))
+    found.compiled = found.compiled or any(map(_is_compiled, found.modules))
+    return found
+
+
+def _is_compiled(item: object) -> bool:
+    """Whether `torch.compile` made this function or module, or `module.compile()` was called."""
+    attributes = getattr(item, "__dict__", {})
+    return "_torchdynamo_orig_callable" in attributes or attributes.get("_compiled_call_impl") is not None
+
+
+def _neighbours(item: Any) -> Iterator[object]:
+    """The objects that `item` leads to."""
+    if isinstance(item, FunctionType):
+        yield from _of_function(item)
+    elif isinstance(item, MethodType):
+        yield from (item.__self__, item.__func__)
+    elif isinstance(item, functools.partial):
+        yield from (item.func, *item.args, *item.keywords.values())
+    elif isinstance(item, dict):
+        yield from tuple(islice(item.values(), _LONG))  # at once, as other threads may work on it
+    elif isinstance(item, _CONTAINERS):
+        yield from tuple(islice(item, _LONG))
+    elif isinstance(item, nn.Module | SimpleNamespace | argparse.Namespace) or not _from(type(item), _CLOSED):
+        attributes = getattr(item, "__dict__", {}).copy()
+        skipped = _STATE if isinstance(item, nn.Module) else ()
+        yield from (x for name, x in attributes.items() if name not in skipped and not (isinstance(x, dict) and not x))
+        yield from (getattr(item, name, None) for name in getattr(type(item), "__slots__", ()))
+        for base in type(item).__mro__:
+            if not _from(base, _LIBRARIES):
+                yield from (x for x in vars(base).values() if isinstance(x, FunctionType))
+
+
+def _of_function(function: FunctionType) -> Iterator[object]:
+    yield from vars(function).values()  # what decorators leave there: __wrapped__, torch.compile's original
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    if not _from(function, _LIBRARIES):
+        yield from _globals(set(_names(function.__code__)), function.__globals__)
+
+
+def _globals(names: set[str], space: dict[str, Any]) -> Iterator[object]:
+    """What `names` stand for; also `package.module.model`, which is read by three of them."""
+    for name in names & space.keys():
+        value = space[name]
+        if not isinstance(value, ModuleType):
+            yield value
+        elif value.__name__.partition(".")[0] not in _LIBRARIES:
+            yield from _globals(names - {name}, vars(value))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The global and attribute names that a function, and functions defined in it, read."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _from(item: Any, packages: set[str]) -> bool:
+    """Whether a function or class is defined in one of `packages`."""
+    return (getattr(item, "__module__", None) or "").partition(".")[0] in packages
