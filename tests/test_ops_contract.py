@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sama_kernels import ops
 from sama_kernels.backends import reference
+from sama_kernels.ops._library import fake_norm_sq
 
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 SHAPES: list[tuple[int, ...]] = [(40, 30), (), (0,), (7,)]
@@ -238,8 +239,7 @@ def reference_ops() -> Any:
         op = getattr(torch.ops.sama, name).default
         library.define(str(op._schema).removeprefix("sama::"))
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        module = sys.modules["sama_kernels.ops." + ("adapt_norm" if name.startswith("adapt_norm") else name)]
-        fake = module._fake_norm_sq if name.startswith("adapt_norm") else module._fake
+        fake = fake_norm_sq if name.startswith("adapt_norm") else sys.modules[f"sama_kernels.ops.{name}"]._fake
         torch.library.register_fake(f"sama_reference::{name}", fake, lib=library)
     return torch.ops.sama_reference, library
 

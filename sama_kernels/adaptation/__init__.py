@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 from sama_kernels import ops
 from sama_kernels.adaptation import step_record
 from sama_kernels.adaptation.adam import adam
+from sama_kernels.adaptation.asgd import asgd
+from sama_kernels.adaptation.maximum import adamax
 from sama_kernels.adaptation.plan import GroupStep, OpCall, apply
+from sama_kernels.adaptation.ratio import adagrad, nadam, radam, rmsprop
 from sama_kernels.adaptation.sgd import sgd
 from sama_kernels.adaptation.step_record import steps_made
 
@@ -21,6 +24,12 @@ _families: dict[type[Optimizer], Callable[[GroupStep], list[OpCall]]] = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
     torch.optim.AdamW: adam,
+    torch.optim.NAdam: nadam,
+    torch.optim.RAdam: radam,
+    torch.optim.Adagrad: adagrad,
+    torch.optim.RMSprop: rmsprop,
+    torch.optim.Adamax: adamax,
+    torch.optim.ASGD: asgd,
 }
 for _type in _families:
     step_record.watch(_type)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -22,6 +23,9 @@ SKIPPED = "sama_skipped"
 """Key of the ids of the parameters that had no gradient at this step, so that it did not move them."""
 FIRST_STEP = "sama_first_step"
 """Key of the ids of the parameters whose momentum buffer this step creates (kept only where dampening is not 0)."""
+
+ETAS = "sama_etas"
+"""Key of the step sizes that ASGD keeps per parameter and replaces at the end of the step, by the parameter's id."""
 
 
 def watch(optimizer_type: type[Optimizer]) -> None:
@@ -60,6 +64,10 @@ def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     if copy.get("dampening"):
         state = optimizer.state
         copy[FIRST_STEP] = {id(p) for p in group["params"] if state.get(p, {}).get("momentum_buffer") is None}
+    if "lambd" in copy:
+        held = [(id(p), optimizer.state[p]["eta"]) for p in group["params"] if "eta" in optimizer.state.get(p, {})]
+        ids, etas = zip(*held, strict=True) if held else ((), ())
+        copy[ETAS] = dict(zip(ids, torch._foreach_mul(etas, 1.0) if etas else (), strict=True))  # one kernel for all
     return copy
 
 
