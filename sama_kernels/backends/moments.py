@@ -1,4 +1,4 @@
-"""`adapt_norm_moments` for one tensor in plain PyTorch. The derivations are in sama_kernels/ops/adapt_norm.py; the
+"""`adapt_norm_moments` for one tensor in plain PyTorch. The derivations: sama_kernels/ops/adapt_norm_moments.py; the
 operations and their order are those of csrc/common/moments.h."""
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class Scalars:
     sign: Tensor
 
     @classmethod
-    def of(cls, row: Tensor, weight_decay: float, maximize: bool, ulp: float, dtype: torch.dtype) -> Scalars:
-        """`row`: the tensor's coefficients; `ulp`: the spacing of the numbers next to 1 in the state's dtype."""
+    def of(cls, row: Tensor, weight_decay: float, maximize: bool, state_ulp: float, dtype: torch.dtype) -> Scalars:
+        """`row`: the tensor's coefficients; `state_ulp`: the spacing of the numbers next to 1 in its state's dtype."""
+        ulp = max(state_ulp, torch.finfo(dtype).eps)
         rate, a, b, slope, kappa, omega, eps, tail = row.unbind()
 
         def number(value: float) -> Tensor:
             return torch.full_like(rate, value)
 
-        decay, closeness = number(weight_decay), number((8 if weight_decay != 0.0 else 1) * ulp)
+        decay, closeness = number(weight_decay), number((2 if weight_decay != 0.0 else 1) * ulp)
         numbers = (
             rate, a, b, slope, kappa, omega, eps, slope * tail, 8 * ulp * slope.abs(), decay, decay * rate * a,
             decay * rate * b, 1 / omega.sqrt(), closeness, number(-1.0 if maximize else 1.0),
@@ -61,7 +62,7 @@ def _ratio(x: dict[str, Tensor], k: Scalars, centered: bool) -> Tensor:
     if centered:
         assert m is not None  # the op's check
         second = w - m * m
-        second = torch.where(second < 0, 0.0, second)  # by rounding; NaN stays
+        second = 0.5 * (second + second.abs())  # 0 where it is negative by rounding; NaN stays
     s = second.sqrt()
     q = k.kappa * s + k.eps
     empty = second == 0
@@ -83,12 +84,13 @@ def _maximum(x: dict[str, Tensor], k: Scalars) -> Tensor:
     inv_n = torch.where(n == 0, 0.0, 1 / n)
     g = _effective_gradient(x, k, n, n, mean=True)
     size = g.abs()
-    made = (n - (size + k.eps)).abs() <= k.closeness * n
+    scale = n + k.weight_decay * x["params"].abs() if "params" in x else n
+    elsewhere = (n - (size + k.eps)).abs() > k.closeness * scale  # NaN: not, so that it stays
     numerator = k.a * g + k.b * m
     signed = torch.where(g > 0, numerator, torch.where(g < 0, -numerator, 0.0))
     r = k.slope * size - signed
     r = torch.where(r.abs() <= k.noise * n, 0.0, r)
-    return (torch.where(made, r + k.slope_tail, k.slope * n) * inv_n) * inv_n
+    return (torch.where(elsewhere, k.slope * n, r + k.slope_tail) * inv_n) * inv_n
 
 
 def _effective_gradient(x: dict[str, Tensor], k: Scalars, q: Tensor, bound: Tensor, mean: bool) -> Tensor:

@@ -159,8 +159,8 @@ def adapt_norm_moments(
     total = _zero(v)
     for i, d in enumerate(v):
         dtype = compute_dtype(d.dtype)
-        ulp = max(torch.finfo(lists.get(name, v)[i].dtype).eps for name in ("firsts", "seconds"))
-        scalars = moments.Scalars.of(coefficients[i], weight_decay, maximize, ulp, dtype)
+        ulps = [torch.finfo(lists[name][i].dtype).eps for name in ("firsts", "seconds") if name in lists]
+        scalars = moments.Scalars.of(coefficients[i], weight_decay, maximize, max([0.0, *ulps]), dtype)
         adapted = moments.adapted({name: x[i].detach().to(dtype) for name, x in lists.items()}, scalars, form)
         total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()
         d.copy_(adapted)

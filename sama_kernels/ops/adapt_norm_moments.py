@@ -41,9 +41,10 @@ def adapt_norm_moments(
 
     `tail` = eps is the derivative to the letter; `tail` = 0 drops eps from the numerator, as the paper does for Adam,
     which makes D 0 where w = 0 and in untouched cells of MAXIMUM. kappa = 0, eps = tail = 1 is an update without a
-    second moment (RAdam before it rectifies). Where |r| is below 8 ulp(1) of the state's dtype times |slope| w it is
-    rounding noise and taken as 0: at a first step r is 0 in real numbers. A maximum counts as made by this step if it
-    is |g| + eps to within 1 ulp of the state's dtype (8 with weight decay, where g is recomputed).
+    second moment (RAdam before it rectifies). Where |r| is below 8 ulp(1) times |slope| w it is rounding noise and
+    taken as 0: at a first step r is 0 in real numbers. A maximum was made by this step if it is |g| + eps to within
+    1 ulp(1) of itself, or with weight decay 2 ulp(1) of itself + |weight_decay theta|, of which g is made. ulp(1) is
+    that of the state's dtype, or that of the arithmetic (float64 if v is, else float32) if it is larger.
 
     Coupled decay needs theta before the step, which was theta + u: as u is linear in g once q is known,
     g (q - weight_decay rate a) = q (+-grad + weight_decay theta) + weight_decay rate b m. Where q is close to
