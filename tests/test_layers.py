@@ -30,10 +30,10 @@ LAYERS = [
     ["sama_kernels.ops._library"],
     ["sama_kernels.backends"],
     [f"sama_kernels.backends.{name}" for name in ("reference", "cpu", "cuda", "triton")],
-    [f"sama_kernels.backends.triton.{op}" for op in ("adapt_norm", "step_size", "perturb", "central_difference")],
-    ["sama_kernels.backends.triton.restore"],
+    [f"sama_kernels.backends.triton.{op}" for op in ("adapt_norm", "adapt_norm_moments", "step_size", "perturb")],
+    [f"sama_kernels.backends.triton.{op}" for op in ("restore", "central_difference")],
     ["sama_kernels.backends.triton.launch", "sama_kernels.backends.triton.chunks"],
-    ["sama_kernels.backends.triton.tables", "sama_kernels.backends.triton.storage"],
+    [f"sama_kernels.backends.triton.{name}" for name in ("tables", "storage", "rounded")],
     [f"sama_kernels.backends.{name}" for name in ("rounding", "moments", "extension")],
     ["sama_kernels.backends.arguments"],
     [
