@@ -57,8 +57,9 @@ def adapt_norm_moments(
     for group in operands.groups:
         own = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
         ulp = max(torch.finfo(dtype).eps for dtype in (own, *(group.dtypes[i] for i in state)))
-        # Told nothing, ptxas presses some of the kernels with weight decay into 80 or 96 registers and spills two of them.
-        registers = {"maxnreg": 128} if "params" in lists and group.aligned else {}
+        # Told nothing, ptxas presses some kernels with weight decay into 80 or 96 registers and spills two of them.
+        pressed = "params" in lists and group.aligned and own == torch.float32
+        registers = {"maxnreg": 128} if pressed else {}
         launch(
             moments_kernel, group, slots[0, first:], coefficients.detach(), float(weight_decay), ulp,
             FORM=form, FIRSTS="firsts" in lists, DECAY=("params" in lists) + ("buffers" in lists),
