@@ -16,6 +16,9 @@ from sama_kernels import ops
 
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
 ALPHA, TINY = 1.0, 1e-30
+# rate, a, b, slope, kappa, omega, eps, tail of ops.adapt_norm_moments, adaptation "paper": RMSprop, NAdam at step 100.
+RMSPROP = (LR, 1.0, 0.0, 1.0, 1.0, 1e-2, EPS, 0.0)
+NADAM = (LR, 0.5, 0.55, 0.555, (1 - BETA2**STEP) ** -0.5, 1 - BETA2, EPS, 0.0)
 SCALE = -1.0  # its own inverse: v can be scaled again and again
 
 
@@ -27,6 +30,9 @@ class Library:
     def __init__(self, inputs: Inputs, backend: str, lists: tuple[list[Tensor], list[Tensor]], compiled: bool = False):
         self.inputs = inputs
         self.params, self.v = lists
+        self.rmsprop, self.nadam = (
+            torch.tensor([row] * len(self.v), dtype=torch.float64, device=inputs.device) for row in (RMSPROP, NADAM)
+        )
 
         def on_backend(op: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **options: Any) -> Any:
@@ -35,6 +41,7 @@ class Library:
             return torch.compile(call, fullgraph=True, dynamic=False) if compiled else call
 
         self._adam, self._scale = on_backend(ops.adapt_norm_adam), on_backend(ops.adapt_norm_scale)
+        self._moments = on_backend(ops.adapt_norm_moments)
         self._step_size, self._perturb = on_backend(ops.step_size), on_backend(ops.perturb)
         self._restore, self._difference = on_backend(ops.restore), on_backend(ops.central_difference)
 
@@ -52,6 +59,19 @@ class Library:
             self.v, x.grads, x.m, x.w, [], [], x.steps, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=0.0,
             maximize=False, mode=ops.PAPER,
         )  # fmt: skip
+        return norm_sq
+
+    def adapt_norm_rmsprop(self) -> Tensor:
+        return self._ratio(self.rmsprop, [])
+
+    def adapt_norm_nadam(self) -> Tensor:
+        return self._ratio(self.nadam, self.inputs.m)
+
+    def _ratio(self, coefficients: Tensor, firsts: list[Tensor]) -> Tensor:
+        x = self.inputs
+        norm_sq: Tensor = self._moments(
+            self.v, x.grads, firsts, x.w, [], [], coefficients, weight_decay=0.0, maximize=False, form=ops.RATIO
+        )
         return norm_sq
 
     def adapt_norm_scale(self) -> Tensor:
@@ -114,6 +134,14 @@ class Foreach:
         foreach_adam(self.v, x.grads, x.m, x.w, lr=LR, betas=(BETA1, BETA2), eps=EPS, step=STEP)
         return self.norm_sq()
 
+    def adapt_norm_rmsprop(self) -> Tensor:
+        foreach_ratio(self.v, self.inputs.grads, None, self.inputs.w, RMSPROP)
+        return self.norm_sq()
+
+    def adapt_norm_nadam(self) -> Tensor:
+        foreach_ratio(self.v, self.inputs.grads, self.inputs.m, self.inputs.w, NADAM)
+        return self.norm_sq()
+
     def adapt_norm_scale(self) -> Tensor:
         torch._foreach_mul_(self.v, SCALE)
         return self.norm_sq()
@@ -167,6 +195,28 @@ def foreach_adam(
     q = torch._foreach_add(numerator, eps * c2**0.5)
     torch._foreach_mul_(numerator, rate * (1 - beta1))
     torch._foreach_addcdiv_(numerator, torch._foreach_mul(m, grads), q, value=-rate * (1 - beta2))
+    torch._foreach_mul_(q, q)
+    torch._foreach_div_(numerator, q)
+    torch._foreach_mul_(v, numerator)
+
+
+def foreach_ratio(
+    v: list[Tensor], grads: list[Tensor], m: list[Tensor] | None, w: list[Tensor], row: tuple[float, ...]
+) -> None:
+    """v <- D v by `ops.adapt_norm_moments` in the form RATIO without eps in the numerator; 0 where w = 0.
+
+    With h = sqrt(w) and q = kappa h + eps: D = rate kappa [slope h - kappa omega (a g + b m) g / q] / q^2, in which one
+    q stands for kappa h: a relative difference of eps / h in one term.
+    """
+    rate, a, b, slope, kappa, omega, eps, _ = row
+    numerator = torch._foreach_sqrt(w)
+    q = torch._foreach_mul(numerator, kappa)
+    torch._foreach_add_(q, eps)
+    update = torch._foreach_mul(grads, a)
+    if m is not None:
+        torch._foreach_add_(update, m, alpha=b)
+    torch._foreach_mul_(numerator, rate * kappa * slope)
+    torch._foreach_addcdiv_(numerator, torch._foreach_mul(update, grads), q, value=-rate * kappa**2 * omega)
     torch._foreach_mul_(q, q)
     torch._foreach_div_(numerator, q)
     torch._foreach_mul_(v, numerator)

@@ -11,8 +11,10 @@ overwrites. On a GPU the time is that between two events; `host` is the time unt
 
 Contenders: `cpu`, `cuda`, `triton`, the kernels of this library, as far as they run on the device; `reference`, plain
 PyTorch tensor by tensor; `foreach`, see bench/contenders.py; `compile`, torch.compile(fullgraph=True) of the reference.
-What torch.compile needs for compiling is not part of its times, but recorded. `element_wise_part` is adapt_norm_adam,
-step_size, both perturbations and restore in one go. `adam_step` is torch's own fused Adam step, as a yardstick.
+What torch.compile needs for compiling is not part of its times, but recorded. `adapt_norm_rmsprop` and
+`adapt_norm_nadam` are adapt_norm_moments in the form RATIO, without and with first moments. `element_wise_part` is
+adapt_norm_adam, step_size, both perturbations and restore in one go. `adam_step` is torch's own fused Adam step, as a
+yardstick.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from bench.shapes import LISTS, Shapes, elements, scaled
 from sama_kernels import backends
 
 FUSED = ("cpu", "cuda", "triton")
+STATEFUL = ("adapt_norm_adam", "adapt_norm_rmsprop", "adapt_norm_nadam", "element_wise_part")
 COPY_ELEMENTS = 100_000_000
 COMPILE_AT_MOST = 200  # tensors: the reference's code is unrolled over the list
 Calls = dict[str, tuple[timing.Call, timing.Call]]  # what to do before a call, the call
@@ -152,7 +155,7 @@ class Bench:
 
     def left_out(self, op: Op, key: dict[str, Any]) -> bool:
         """By --ops; and what does not touch the optimizer state is measured once per dtype of the parameters."""
-        stateful = op.name in ("adapt_norm_adam", "element_wise_part")
+        stateful = op.name in STATEFUL
         twin = key["dtype"] == "bf16" and "bf16-fp32state" in (self.options.dtypes or self.usual(key["list"]))
         return not any(op.name.startswith(name) for name in self.options.ops) or (twin and not stateful)
 

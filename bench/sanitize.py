@@ -25,6 +25,14 @@ MADE_FOR = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Each op's own rounding to the storage dtype, one unit either way; the tests hold the kernels to less.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 Lists = dict[str, list[Tensor]]
+# Forms of adapt_norm_moments, and what plays the parts of firsts, seconds and buffers.
+MOMENTS = [
+    (ops.LINEAR, "", "w", ""),
+    (ops.RATIO, "m", "w", ""),
+    (ops.RATIO, "", "w", "m"),
+    (ops.CENTERED, "m", "w", "explicit"),
+    (ops.MAXIMUM, "m", "largest", ""),
+]
 
 
 def tensors(precision: Precision) -> Lists:
@@ -38,6 +46,7 @@ def tensors(precision: Precision) -> Lists:
     return {
         "v": randn(values), "params": randn(values), "grads": randn(values, 0.01), "m": randn(state, 0.01), "w": w,
         "maxima": [torch.where(torch.rand(x.shape) < 0.5, x, 2 * x) for x in w], "explicit": randn(values),
+        "largest": [x.abs() + 0.5 for x in randn(state)],
     }  # fmt: skip
 
 
@@ -60,6 +69,13 @@ def one_meta_step(x: Lists, device: torch.device, backend: str, mode: int) -> It
         weight_decay=0.01, maximize=mode == ops.EXACT, mode=mode, backend=backend,
     )  # fmt: skip
     yield "adapt_norm_adam", [norm_sq, *x["v"]]
+    row = [0.9, 0.5, 0.4, 0.6, 1.2, 1e-3, 0.5, 0.5]
+    coefficients = torch.tensor([row] * len(x["v"]), dtype=torch.float64, device=device)
+    decay = {"weight_decay": 0.01, "maximize": mode == ops.EXACT}
+    for form, firsts, seconds, buffers in MOMENTS:
+        lists = (x[firsts] if firsts else [], x[seconds], x["params"], x[buffers] if buffers else [])
+        norm_sq = ops.adapt_norm_moments(x["v"], x["grads"], *lists, coefficients, **decay, form=form, backend=backend)
+        yield f"adapt_norm_moments, form {form}", [norm_sq, *x["v"]]
     lr = torch.tensor(300.0, device=device)
     norm_sq = ops.adapt_norm_scale(x["v"], 0.5, lr=lr, backend=backend)
     yield "adapt_norm_scale", [norm_sq, *x["v"]]

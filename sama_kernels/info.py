@@ -17,7 +17,10 @@ _WHAT = {
     "triton": "Triton kernels, compiled when first used",
     "reference": "plain PyTorch",
 }
-OPS = ("adapt_norm_adam", "adapt_norm_scale", "step_size", "perturb", "restore", "central_difference")
+OPS = (
+    "adapt_norm_adam", "adapt_norm_scale", "adapt_norm_moments", "step_size", "perturb", "restore",
+    "central_difference",
+)  # fmt: skip
 
 
 def info() -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from moments_cases import LISTS, Moments, Variant
 from op_cases import BF16, F32, F64, SEED, Adam, clones, identical, needs_cpu_kernels, randn
 from torch import Tensor
 
 from sama_kernels import ops
 from sama_kernels.backends import reference
+from sama_kernels.ops._library import fake_norm_sq
 
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 SHAPES: list[tuple[int, ...]] = [(40, 30), (), (0,), (7,)]
@@ -43,7 +45,8 @@ def everything(backend: str, threads: int) -> list[Tensor]:
     case = Adam(shapes, F32, BF16, weight_decay=0.01)
     v, norm_sq = case.run(backend)
     scaled = clones(case.v)
-    parts = [norm_sq, ops.adapt_norm_scale(scaled, 0.7, backend=backend)]
+    moments, moments_sq = Moments(shapes, F32, BF16, Variant(ops.RATIO, True, 0.01)).run(backend)
+    parts = [norm_sq, moments_sq, ops.adapt_norm_scale(scaled, 0.7, backend=backend)]
     norm, epsilon, _ = ops.step_size(parts, 0.5, 1e-12, backend=backend)
     params = clones(case.params)
     ops.perturb(params, v, epsilon, ops.PLUS, backend=backend)
@@ -53,7 +56,7 @@ def everything(backend: str, threads: int) -> list[Tensor]:
     restored = clones(params)
     ops.restore(restored, v, backend=backend)
     assert all(map(identical, restored, case.params))
-    return [*v, *scaled, *parts, norm, epsilon, *params, *plus]
+    return [*v, *moments, *scaled, *parts, norm, epsilon, *params, *plus]
 
 
 @needs_cpu_kernels
@@ -77,6 +80,20 @@ def adam_call(**changes: Any) -> Callable[[str], object]:
         before = clones(arguments["v"])
         try:
             return ops.adapt_norm_adam(**arguments, backend=backend)
+        finally:
+            assert all(map(identical, arguments["v"], before))
+
+    return call
+
+
+def moments_call(variant: Variant, **changes: Any) -> Callable[[str], object]:
+    def call(backend: str) -> object:
+        case = Moments([(4, 3), (5,)], F32, F32, variant)
+        arguments = dict(zip(LISTS, case.lists, strict=True), coefficients=case.coefficients, **case.scalars)
+        arguments |= changes
+        before = clones(arguments["v"])
+        try:
+            return ops.adapt_norm_moments(**arguments, backend=backend)
         finally:
             assert all(map(identical, arguments["v"], before))
 
@@ -133,6 +150,35 @@ ERRORS: list[tuple[Callable[[str], object], str]] = [
     (adam_call(mode=2), r"mode must be 0 \(paper\) or 1 \(exact\), not 2"),
     (adam_call(lr=ones(3)), r"lr_tensor must hold one number, but has shape \[3\]"),
     (adam_call(v=[ones(4, 1).expand(4, 3), ones(5)]), r"v\[0\] is expanded"),
+    (moments_call(Variant(ops.LINEAR), v=[]), "adapt_norm_moments: v is empty"),
+    (
+        moments_call(Variant(ops.LINEAR), form=4),
+        r"form must be 0 \(linear\), 1 \(ratio\), 2 \(centered\) or 3 \(maximum\), not 4",
+    ),
+    (moments_call(Variant(ops.RATIO), grads=[]), "adapt_norm_moments: grads has 0 tensors, but v has 2"),
+    (moments_call(Variant(ops.RATIO), seconds=[ones(4, 3)]), "seconds has 1 tensors, but v has 2"),
+    (moments_call(Variant(ops.RATIO), firsts=[ones(4, 3)]), "firsts has 1 tensors, but v has 2"),
+    (moments_call(Variant(ops.CENTERED)), "firsts has 0 tensors, but v has 2"),
+    (
+        moments_call(Variant(ops.MAXIMUM, True), seconds=[ones(4, 3), ones(6)]),
+        r"seconds\[1\] has shape \[6\], but v\[1\]",
+    ),
+    (moments_call(Variant(ops.RATIO), weight_decay=0.1), "params is empty, but weight_decay needs theta"),
+    (
+        moments_call(Variant(ops.RATIO, True, 0.1), buffers=[ones(4, 3), ones(5)]),
+        r"buffers do not go with firsts, except in form 2 \(centered\)",
+    ),
+    (moments_call(Variant(ops.RATIO, decay=0.1), buffers=[ones(4, 3)]), "buffers has 1 tensors, but v has 2"),
+    (moments_call(Variant(ops.RATIO), coefficients=ones(2, 8)), "coefficients must be float64"),
+    (
+        moments_call(Variant(ops.LINEAR), coefficients=ones(3, 8, dtype=F64)),
+        r"coefficients must be a contiguous tensor of shape \[2, 8\], not \[3, 8\]",
+    ),
+    (
+        moments_call(Variant(ops.RATIO), coefficients=ones(8, 2, dtype=F64).t()),
+        r"coefficients must be a contiguous tensor of shape \[2, 8\], not \[2, 8\]",
+    ),
+    (moments_call(Variant(ops.RATIO), v=[ones(4, 1).expand(4, 3), ones(5)]), r"v\[0\] is expanded"),
     (lambda b: ops.adapt_norm_scale([], 0.5, lr=ones(), backend=b), "adapt_norm_scale: v is empty"),
     (
         lambda b: ops.adapt_norm_scale([ones(2, dtype=torch.int32)], 0.5, backend=b),
@@ -220,8 +266,10 @@ def op_inputs() -> dict[str, tuple[Any, ...]]:
     case = Adam(SHAPES, F32, BF16, weight_decay=0.1, amsgrad=True)
     lists = (case.v, case.grads, case.exp_avgs, case.exp_avg_sqs, case.maxima, case.params, case.steps)
     adam = (*lists, scalar(0.1), 0.0, 0.9, 0.999, 1e-8, 0.1, False, ops.EXACT)
+    moments = Moments(SHAPES, F32, BF16, Variant(ops.CENTERED, True, 0.1, True))
     return {
         "adapt_norm_adam": adam,
+        "adapt_norm_moments": (*moments.lists, moments.coefficients, 0.1, False, ops.CENTERED),
         "adapt_norm_scale": (randn(SHAPES), None, 0.5),
         "step_size": ([scalar(2.0), scalar(3.0)], 1.0, 1e-12),
         "perturb": (randn(SHAPES), randn(SHAPES), scalar(0.1), ops.PLUS, ops.NEAREST, 3, True),
@@ -238,8 +286,7 @@ def reference_ops() -> Any:
         op = getattr(torch.ops.sama, name).default
         library.define(str(op._schema).removeprefix("sama::"))
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        module = sys.modules["sama_kernels.ops." + ("adapt_norm" if name.startswith("adapt_norm") else name)]
-        fake = module._fake_norm_sq if name.startswith("adapt_norm") else module._fake
+        fake = fake_norm_sq if name.startswith("adapt_norm") else sys.modules[f"sama_kernels.ops.{name}"]._fake
         torch.library.register_fake(f"sama_reference::{name}", fake, lib=library)
     return torch.ops.sama_reference, library
 
@@ -255,12 +302,17 @@ def run_all(backend: str) -> Callable[..., list[Tensor]]:
     """A whole meta step's worth of ops, as one function of tensors."""
 
     def step(
-        v: list[Tensor], grads: list[Tensor], m: list[Tensor], w: list[Tensor], params: list[Tensor], t: list[Tensor]
-    ) -> list[Tensor]:
+        v: list[Tensor], grads: list[Tensor], m: list[Tensor], w: list[Tensor], params: list[Tensor], t: list[Tensor],
+        coefficients: Tensor,
+    ) -> list[Tensor]:  # fmt: skip
         parts = [
             ops.adapt_norm_adam(
                 v, grads, m, w, [], [], t, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, maximize=False,
                 mode=ops.PAPER, backend=backend,
+            ),
+            ops.adapt_norm_moments(
+                m, grads, [], w, [], [], coefficients, weight_decay=0.0, maximize=False, form=ops.RATIO,
+                backend=backend,
             ),
             ops.adapt_norm_scale(grads, 2.0, backend=backend),
         ]  # fmt: skip
@@ -286,9 +338,10 @@ def test_compile_without_graph_breaks(backend: str, compiler: str) -> None:
     params = randn([(40, 30), (7,)])
     inputs = (case.v, case.grads, case.exp_avgs, case.exp_avg_sqs, params, case.steps)
     eager_inputs, compiled_inputs = ([clones(x) for x in inputs] for _ in range(2))
-    expected = run_all(backend)(*eager_inputs)
+    rows = torch.rand(2, ops.COEFFICIENTS, dtype=F64)
+    expected = run_all(backend)(*eager_inputs, rows)
     torch.compiler.reset()
-    actual = torch.compile(run_all(backend), fullgraph=True, backend=compiler)(*compiled_inputs)
+    actual = torch.compile(run_all(backend), fullgraph=True, backend=compiler)(*compiled_inputs, rows)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
     for list_a, list_b in zip(compiled_inputs, eager_inputs, strict=True):

@@ -1,7 +1,7 @@
 """The Triton kernels against the reference: under the interpreter everywhere, compiled where there is a GPU.
 
 TRITON_INTERPRET decides when a kernel is defined, so that one process can have kernels of one kind only: the tests are
-in triton_values.py and triton_contract.py, and run in a process of their own.
+in MODULES, and run in a process of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from op_cases import SEED
 from triton_required import require_interpreter, require_triton
 
 HERE = Path(__file__).parent
+MODULES = ["triton_values.py", "triton_moments.py", "triton_contract.py"]
 
 
 def run(module: str, **environment: str) -> None:
@@ -30,14 +31,14 @@ def run(module: str, **environment: str) -> None:
     assert re.search(r"\d+ passed", done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("module", ["triton_values.py", "triton_contract.py"])
+@pytest.mark.parametrize("module", MODULES)
 def test_interpreted(module: str) -> None:
     require_interpreter()
     run(module, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("module", ["triton_values.py", "triton_contract.py"])
+@pytest.mark.parametrize("module", MODULES)
 def test_on_the_gpu(module: str) -> None:
     require_triton()
     run(module)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from moments_cases import Moments, Variant
 from op_cases import BF16, F16, F32, F64, Adam, randn
 from torch import Tensor
 from triton.runtime.jit import JITFunction
@@ -68,7 +69,7 @@ def _type_of(parameter: Any, value: Any) -> str:
 
 def _note(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
     parameters = kernel.params
-    options = {k: v for k, v in keywords.items() if k in ("num_warps", "enable_fp_fusion")}
+    options = {k: v for k, v in keywords.items() if k in ("num_warps", "enable_fp_fusion", "maxnreg")}
     values = dict(zip((p.name for p in parameters), arguments, strict=False))
     values |= {k: v for k, v in keywords.items() if k not in options}
     assert set(values) == {p.name for p in parameters}
@@ -148,6 +149,16 @@ def _adam(
     return call
 
 
+def _moments(dtype: torch.dtype, state: torch.dtype, variant: Variant, aligned: bool = True) -> Callable[[], object]:
+    def call() -> object:
+        case = Moments([(LENGTH,)], dtype, state, variant, maximize=variant.decay != 0)
+        if not aligned:
+            case.v = _tensors(1, dtype, aligned=False)[0]
+        return ops.adapt_norm_moments(*case.lists, case.coefficients, **case.scalars, backend="triton")
+
+    return call
+
+
 def _scale(dtype: torch.dtype, scale: float = 0.5, lr: Tensor | None = None) -> Callable[[], object]:
     return lambda: ops.adapt_norm_scale(_tensors(1, dtype)[0], scale, lr=lr, backend="triton")
 
@@ -196,6 +207,21 @@ CASES = [
     Case("scale bfloat16", _scale(BF16), 2, 2),
     Case("scale float16", _scale(F16), 2, 2),
     Case("scale float64", _scale(F64), 8, 8),
+    Case("linear float32", _moments(F32, F32, Variant(ops.LINEAR)), 4, 4),
+    Case("ratio float32", _moments(F32, F32, Variant(ops.RATIO)), 12, 4, long=False),
+    Case("ratio float32, firsts", _moments(F32, F32, Variant(ops.RATIO, True)), 16, 4),
+    Case("ratio float32, all options", _moments(F32, F32, Variant(ops.RATIO, True, 0.1)), 20, 4),
+    Case("ratio bfloat16, all options", _moments(BF16, BF16, Variant(ops.RATIO, True, 0.1)), 10, 2),
+    Case("ratio float64, all options", _moments(F64, F64, Variant(ops.RATIO, True, 0.1)), 40, 8),
+    Case("centered float32", _moments(F32, F32, Variant(ops.CENTERED, True, 0.1)), 20, 4),
+    Case("centered float32, all options", _moments(F32, F32, Variant(ops.CENTERED, True, 0.1, True)), 24, 4),
+    Case("centered float16, float32 state", _moments(F16, F32, Variant(ops.CENTERED, True, 0.1, True)), 18, 2),
+    Case("centered bfloat16, all options", _moments(BF16, BF16, Variant(ops.CENTERED, True, 0.1, True)), 12, 2),
+    Case("centered float64, all options", _moments(F64, F64, Variant(ops.CENTERED, True, 0.1, True)), 48, 8),
+    Case("maximum float32", _moments(F32, F32, Variant(ops.MAXIMUM, True)), 16, 4),
+    Case("maximum bfloat16, float32 state, all options", _moments(BF16, F32, Variant(ops.MAXIMUM, True, 0.1)), 14, 2),
+    Case("maximum float64, all options", _moments(F64, F64, Variant(ops.MAXIMUM, True, 0.1)), 40, 8),
+    Case("ratio bfloat16, unaligned", _moments(BF16, BF16, Variant(ops.RATIO, True, 0.1), False), aligned=False),
     Case("plus float32", _perturb(F32, ops.PLUS), 8, 8),
     Case("plus float32, measured", _perturb(F32, ops.PLUS, measure=True), 8, 8),
     Case("plus bfloat16", _perturb(BF16, ops.PLUS), 4, 4, long=False),

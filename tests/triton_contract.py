@@ -10,6 +10,7 @@ from typing import Any
 import problems
 import pytest
 import torch
+from moments_cases import Moments, Variant
 from op_cases import BF16, F16, F32, F64, SEED, Adam, clones, identical, randn, same_bits
 from test_ops_contract import ERRORS
 from torch import Tensor
@@ -183,16 +184,26 @@ def test_in_place_changes_are_seen_by_autograd() -> None:
         loss.backward()
 
 
-OPS = ["adapt_norm_adam", "adapt_norm_scale", "step_size", "perturb", "restore", "central_difference"]
+OPS = [
+    "adapt_norm_adam",
+    "adapt_norm_scale",
+    "adapt_norm_moments",
+    "step_size",
+    "perturb",
+    "restore",
+    "central_difference",
+]
 
 
 def op_inputs(name: str) -> tuple[Any, ...]:
     """Arguments as the op is registered."""
     case = Adam(SHAPES, F32, BF16, weight_decay=0.1, amsgrad=True)
     lists = (case.v, case.grads, case.exp_avgs, case.exp_avg_sqs, case.maxima, case.params, case.steps)
+    moments = Moments(SHAPES, F32, BF16, Variant(ops.CENTERED, True, 0.1, True))
     arguments: dict[str, tuple[Any, ...]] = {
         "adapt_norm_adam": (*lists, scalar(0.1), 0.0, 0.9, 0.999, 1e-8, 0.1, False, ops.EXACT),
         "adapt_norm_scale": (randn(SHAPES), None, 0.5),
+        "adapt_norm_moments": (*moments.lists, moments.coefficients.to(DEVICE), 0.1, False, ops.CENTERED),
         "step_size": ([scalar(2.0), scalar(3.0)], 1.0, 1e-12),
         "perturb": (randn(SHAPES), randn(SHAPES), scalar(0.1), ops.PLUS, ops.NEAREST, 3, True),
         "restore": (randn(SHAPES), randn(SHAPES)),

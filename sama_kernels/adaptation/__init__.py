@@ -13,10 +13,13 @@ from sama_kernels.adaptation import registry, step_record
 from sama_kernels.adaptation.adadelta import adadelta
 from sama_kernels.adaptation.adafactor import adafactor
 from sama_kernels.adaptation.adam import adam
+from sama_kernels.adaptation.asgd import asgd
 from sama_kernels.adaptation.constant import sign
 from sama_kernels.adaptation.general import carried, general
+from sama_kernels.adaptation.maximum import adamax
 from sama_kernels.adaptation.muon import muon
 from sama_kernels.adaptation.plan import Family, GroupStep, OpCall, apply, gradient_of_step
+from sama_kernels.adaptation.ratio import adagrad, nadam, radam, rmsprop
 from sama_kernels.adaptation.registry import register_adaptation, supported
 from sama_kernels.adaptation.sgd import sgd
 from sama_kernels.adaptation.step_record import rounding_base, steps_made
@@ -41,6 +44,12 @@ _families: dict[type[Optimizer], Family] = {
     torch.optim.Adafactor: adafactor,
     torch.optim.Muon: muon,
     torch.optim.Rprop: sign,
+    torch.optim.NAdam: nadam,
+    torch.optim.RAdam: radam,
+    torch.optim.Adagrad: adagrad,
+    torch.optim.RMSprop: rmsprop,
+    torch.optim.Adamax: adamax,
+    torch.optim.ASGD: asgd,
 }
 registry.provide(_families)
 

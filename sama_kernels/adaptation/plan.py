@@ -22,12 +22,14 @@ class OpCall:
         rows: positions of the parameters among the base parameters.
         lists: per list argument of the op the tensors (or states) of these rows (empty: the op does not need it).
         options: the other arguments.
+        coefficients: numbers of each tensor, one row each, the argument behind the lists; None if the op has none.
     """
 
     op: Callable[..., Tensor]
     rows: list[int] = field(default_factory=list)
     lists: tuple[list[Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    coefficients: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class GroupStep:
     hyper: dict[str, Any]
     mode: int
     name: str = "base_params"
+
+    def with_state(self, key: str) -> tuple[list[int], list[dict[str, Any]]]:
+        """Which of `params` have `key` in their state (the others were never updated), and their states."""
+        states = [self.optimizer.state.get(p, {}) for p in self.params]
+        used = [i for i, state in enumerate(states) if key in state]
+        return used, [states[i] for i in used]
 
     def gradient(self, i: int) -> Tensor:
         """The gradient of the step, still in `.grad`."""
@@ -93,8 +101,14 @@ def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[
         for k in used:
             adapted[call.rows[k]] = v[call.rows[k]]
         lists = [[entries[k] for k in used] if entries else [] for entries in call.lists]
-        norm_sqs.append(call.op([v[call.rows[k]] for k in used], *lists, **call.options, backend=backend))
+        numbers = [] if call.coefficients is None else [_rows(call.coefficients, used)]
+        norm_sqs.append(call.op([v[call.rows[k]] for k in used], *lists, *numbers, **call.options, backend=backend))
     v[:] = adapted
     if not norm_sqs:  # the meta loss reads nothing that the optimizer moved
         norm_sqs.append(torch.zeros((), dtype=torch.float64, device=device))
     return norm_sqs
+
+
+def _rows(coefficients: Tensor, used: list[int]) -> Tensor:
+    """Not by indexing with a list, for which torch would copy it to the device."""
+    return coefficients if len(used) == len(coefficients) else torch.stack([coefficients[k] for k in used])

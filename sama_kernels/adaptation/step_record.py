@@ -30,7 +30,9 @@ FIRST_STEP = "sama_first_step"
 """Key of the ids of the parameters whose momentum buffer this step creates (kept only where dampening is not 0)."""
 GRADS = "sama_grads"
 """Key of what stood in `.grad` after the step: the parameter's id -> (weak reference to the tensor, its version)."""
-NOTES = (SKIPPED, FIRST_STEP, GRADS)
+ETAS = "sama_etas"
+"""Key of the step sizes that ASGD keeps per parameter and replaces at the end of the step, by the parameter's id."""
+NOTES = (SKIPPED, FIRST_STEP, GRADS, ETAS)
 """The keys of a record that are no hyperparameters."""
 
 
@@ -130,6 +132,10 @@ def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     if copy.get("dampening"):
         state = optimizer.state
         copy[FIRST_STEP] = {id(p) for p in group["params"] if state.get(p, {}).get("momentum_buffer") is None}
+    if "lambd" in copy:
+        held = [(id(p), optimizer.state[p]["eta"]) for p in group["params"] if "eta" in optimizer.state.get(p, {})]
+        ids, etas = zip(*held, strict=True) if held else ((), ())
+        copy[ETAS] = dict(zip(ids, torch._foreach_mul(etas, 1.0) if etas else (), strict=True))  # one kernel for all
     return copy
 
 

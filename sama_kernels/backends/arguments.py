@@ -12,6 +12,10 @@ from torch import Tensor
 
 PAPER, EXACT = 0, 1
 """Modes of `adapt_norm_adam`: the epsilon-free numerator of the paper, or the derivative to the letter."""
+LINEAR, RATIO, CENTERED, MAXIMUM = 0, 1, 2, 3
+"""Forms of `adapt_norm_moments`."""
+COEFFICIENTS = 8
+"""Numbers that `adapt_norm_moments` takes for each tensor."""
 PLUS, MINUS = 0, 1
 """Sides of `perturb`."""
 NEAREST, STOCHASTIC = 0, 1
@@ -59,6 +63,51 @@ def check_adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None) -> 
     _check_lists(op, {"v": v}, written=("v",))
     if scale_tensor is not None:
         _check_scalars(op, {"scale_tensor": scale_tensor})
+
+
+def check_adapt_norm_moments(
+    v: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    params: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    coefficients: Tensor,
+    weight_decay: float,
+    form: int,
+) -> dict[str, Sequence[Tensor]]:
+    """Returns the lists that the op reads, in the order in which the kernels take them."""
+    op = "adapt_norm_moments"
+    if not v:
+        raise RuntimeError(f"sama::{op}: v is empty")
+    if form not in (LINEAR, RATIO, CENTERED, MAXIMUM):
+        names = "0 (linear), 1 (ratio), 2 (centered) or 3 (maximum)"
+        raise RuntimeError(f"sama::{op}: form must be {names}, not {form}")
+    lists = {"v": v}
+    if form != LINEAR:
+        lists["grads"] = grads
+        if firsts or form != RATIO:
+            lists["firsts"] = firsts
+        lists["seconds"] = seconds
+    if form != LINEAR and weight_decay != 0.0:
+        if not params:
+            raise RuntimeError(f"sama::{op}: params is empty, but weight_decay needs theta")
+        lists["params"] = params
+        if buffers:
+            if form == MAXIMUM or (form == RATIO and firsts):
+                raise RuntimeError(f"sama::{op}: buffers do not go with firsts, except in form 2 (centered)")
+            lists["buffers"] = buffers
+    _check_lists(op, lists, written=("v",))
+    if coefficients.dtype != torch.float64:
+        raise RuntimeError(f"sama::{op}: coefficients must be float64")
+    if coefficients.shape != (len(v), COEFFICIENTS) or not coefficients.is_contiguous():
+        raise RuntimeError(
+            f"sama::{op}: coefficients must be a contiguous tensor of shape [{len(v)}, {COEFFICIENTS}], not"
+            f" {list(coefficients.shape)}"
+        )
+    if coefficients.device != v[0].device:
+        raise RuntimeError(f"sama::{op}: coefficients is on {coefficients.device}, but v[0] is on {v[0].device}")
+    return lists
 
 
 def check_step_size(norm_sqs: Sequence[Tensor]) -> None:

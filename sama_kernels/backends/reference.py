@@ -12,14 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sama_kernels.backends import moments
 from sama_kernels.backends.arguments import (
+    CENTERED,
     EXACT,
+    LINEAR,
+    MAXIMUM,
     MINUS,
     NEAREST,
     PAPER,
     PLUS,
+    RATIO,
     STOCHASTIC,
     check_adapt_norm_adam,
+    check_adapt_norm_moments,
     check_adapt_norm_scale,
     check_central_difference,
     check_perturb,
@@ -29,13 +35,18 @@ from sama_kernels.backends.arguments import (
 from sama_kernels.backends.rounding import random_like, round_stochastically
 
 __all__ = [
+    "CENTERED",
     "EXACT",
+    "LINEAR",
+    "MAXIMUM",
     "MINUS",
     "NEAREST",
     "PAPER",
     "PLUS",
+    "RATIO",
     "STOCHASTIC",
     "adapt_norm_adam",
+    "adapt_norm_moments",
     "adapt_norm_scale",
     "bits",
     "central_difference",
@@ -126,6 +137,31 @@ def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: fl
         dtype = compute_dtype(d.dtype)
         factor = scale if scale_tensor is None else scale * scale_tensor.to(device=d.device, dtype=torch.float64)
         adapted = d.to(dtype) * torch.as_tensor(factor, dtype=torch.float64, device=d.device).to(dtype)
+        total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()
+        d.copy_(adapted)
+    return total
+
+
+def adapt_norm_moments(
+    v: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    params: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    coefficients: Tensor,
+    weight_decay: float,
+    maximize: bool,
+    form: int,
+) -> Tensor:
+    """See `sama_kernels.ops.adapt_norm_moments`."""
+    lists = check_adapt_norm_moments(v, grads, firsts, seconds, params, buffers, coefficients, weight_decay, form)
+    total = _zero(v)
+    for i, d in enumerate(v):
+        dtype = compute_dtype(d.dtype)
+        ulps = [torch.finfo(lists[name][i].dtype).eps for name in ("firsts", "seconds") if name in lists]
+        scalars = moments.Scalars.of(coefficients[i], weight_decay, maximize, max([0.0, *ulps]), dtype)
+        adapted = moments.adapted({name: x[i].detach().to(dtype) for name, x in lists.items()}, scalars, form)
         total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()
         d.copy_(adapted)
     return total

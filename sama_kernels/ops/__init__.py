@@ -1,20 +1,39 @@
 """The element-wise ops of a meta step, one file each; every one takes the tensors of the whole model in one call."""
 
-from sama_kernels.backends.reference import EXACT, MINUS, NEAREST, PAPER, PLUS, STOCHASTIC
+from sama_kernels.backends.arguments import COEFFICIENTS
+from sama_kernels.backends.reference import (
+    CENTERED,
+    EXACT,
+    LINEAR,
+    MAXIMUM,
+    MINUS,
+    NEAREST,
+    PAPER,
+    PLUS,
+    RATIO,
+    STOCHASTIC,
+)
 from sama_kernels.ops.adapt_norm import adapt_norm_adam, adapt_norm_scale
+from sama_kernels.ops.adapt_norm_moments import adapt_norm_moments
 from sama_kernels.ops.central_difference import central_difference
 from sama_kernels.ops.perturb import perturb
 from sama_kernels.ops.restore import restore
 from sama_kernels.ops.step_size import step_size
 
 __all__ = [
+    "CENTERED",
+    "COEFFICIENTS",
     "EXACT",
+    "LINEAR",
+    "MAXIMUM",
     "MINUS",
     "NEAREST",
     "PAPER",
     "PLUS",
+    "RATIO",
     "STOCHASTIC",
     "adapt_norm_adam",
+    "adapt_norm_moments",
     "adapt_norm_scale",
     "central_difference",
     "perturb",

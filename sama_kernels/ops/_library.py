@@ -38,6 +38,11 @@ def define(schema: str, *, reference: Callable[..., object], fake: Callable[...,
         torch.library.register_fake(f"sama::{op}", fake, lib=_library)
 
 
+def fake_norm_sq(v: Sequence[Tensor], *_: object) -> Tensor:
+    """The fake kernel of the `adapt_norm` ops, which return ||v||^2."""
+    return v[0].new_empty((), dtype=torch.float64)
+
+
 def written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that `tensors` were changed in place.
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define, written
+from sama_kernels.ops._library import define, fake_norm_sq, written
 
 
 def adapt_norm_adam(
@@ -82,10 +81,6 @@ def adapt_norm_scale(v: Sequence[Tensor], scale: float, *, lr: Tensor | None = N
     return norm_sq
 
 
-def _fake_norm_sq(v: Sequence[Tensor], *_: object) -> Tensor:
-    return v[0].new_empty((), dtype=torch.float64)
-
-
 # The last argument is not called `mode` in the schema: torch.compile passes the arguments of in-place ops on by name,
 # through a function of its own that has a parameter `mode`.
 define(
@@ -93,10 +88,10 @@ define(
     " Tensor[] max_exp_avg_sqs, Tensor[] params, Tensor[] steps, Tensor? lr_tensor, float lr, float beta1,"
     " float beta2, float eps, float weight_decay, bool maximize, int variant) -> Tensor",
     reference=reference.adapt_norm_adam,
-    fake=_fake_norm_sq,
+    fake=fake_norm_sq,
 )
 define(
     "adapt_norm_scale(Tensor(a!)[] v, Tensor? scale_tensor, float scale) -> Tensor",
     reference=reference.adapt_norm_scale,
-    fake=_fake_norm_sq,
+    fake=fake_norm_sq,
 )

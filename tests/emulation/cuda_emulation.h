@@ -15,7 +15,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__ & // it stands between a parameter's type and name: one copy for all threads
 #define __syncthreads emulation::barrier
 

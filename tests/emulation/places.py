@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from moments_cases import Moments
 from op_cases import F64, Adam
 from torch import Tensor
 
@@ -48,6 +49,13 @@ class Place:
         v = there.v
         lists = (there.grads, there.exp_avgs, there.exp_avg_sqs, there.maxima, there.params, case.steps)
         norm_sq = ops.adapt_norm_adam(v, *lists, **{**case.scalars, **changed}, backend=self.backend)
+        return cpu(v), norm_sq.cpu()
+
+    def moments(self, case: Moments) -> tuple[list[Tensor], Tensor]:
+        """`Moments.run` here; results on the CPU."""
+        v, *lists = map(self.put, case.lists)
+        coefficients = case.coefficients.to(self.device)
+        norm_sq = ops.adapt_norm_moments(v, *lists, coefficients, **case.scalars, backend=self.backend)
         return cpu(v), norm_sq.cpu()
 
 

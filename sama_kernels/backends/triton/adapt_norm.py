@@ -22,7 +22,8 @@ from sama_kernels.backends.triton.chunks import (
     store_words,
     words_at,
 )
-from sama_kernels.backends.triton.launch import launch, sum_slots
+from sama_kernels.backends.triton.launch import launch, new_slots, total
+from sama_kernels.backends.triton.rounded import divide, sqrt
 from sama_kernels.backends.triton.storage import compute_type, narrow
 from sama_kernels.backends.triton.tables import Operands, upload
 
@@ -60,7 +61,7 @@ def adapt_norm_adam(
     operands = Operands("adapt_norm_adam", lists, written=("v",), scalars=device_steps)
     corrections = None if on_device else upload(_bias_corrections(steps, beta1, beta2), device)
     lr, lr_tensor = _host_part(lr_tensor, lr, device)
-    slots = _slots(operands, v)
+    slots = new_slots(operands.programs, v[0].device)
     first = 0
     for group in operands.groups:
         noise = 8 * torch.finfo(group.dtypes[2]).eps * (1 - beta1)
@@ -71,7 +72,7 @@ def adapt_norm_adam(
         )  # fmt: skip
         first += group.programs
     operands.copy_back()
-    return _total(slots)
+    return total(slots)
 
 
 def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: float) -> Tensor:
@@ -80,14 +81,14 @@ def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: fl
     factor, scale_tensor = _host_part(scale_tensor, 1.0, v[0].device)
     factor *= scale
     operands = Operands("adapt_norm_scale", {"v": v}, written=("v",))
-    slots = _slots(operands, v)
+    slots = new_slots(operands.programs, v[0].device)
     first = 0
     for group in operands.groups:
         write = scale_tensor is not None or factor != 1.0
         launch(scale_kernel, group, slots[0, first:], scale_tensor, factor, WRITE=write)
         first += group.programs
     operands.copy_back()
-    return _total(slots)
+    return total(slots)
 
 
 def _on_host(scalar: Tensor) -> bool:
@@ -113,14 +114,6 @@ def _bias_corrections(steps: Sequence[Tensor], beta1: float, beta2: float) -> Te
     counts = [float(t.item()) for t in steps]
     known = {t: (1 - beta1**t, 1 - beta2**t) for t in set(counts)}
     return torch.tensor([known[t] for t in counts], dtype=torch.float64)
-
-
-def _slots(operands: Operands, v: Sequence[Tensor]) -> Tensor:
-    return torch.empty((1, operands.programs), dtype=torch.float64, device=v[0].device)
-
-
-def _total(slots: Tensor) -> Tensor:
-    return sum_slots(slots).reshape(()) if slots.numel() else slots.new_zeros(())
 
 
 @triton.jit(do_not_specialize=["chunks", "rows", "slots", "corrections", "lr_tensor"])
@@ -195,13 +188,13 @@ def _adam_block(
     second = own
     if AMSGRAD:
         second = load(w_max, first, length, STORAGE[4], COMPUTE, BLOCK, MASKED)
-    s = _sqrt(second) * inv_sqrt_c2
+    s = sqrt(second) * inv_sqrt_c2
     q = s + eps
     # One division serves 1/q and 1/(s q): it is the longest of all operations here.
     one = tl.full((BLOCK,), 1.0, COMPUTE)
     empty = second == 0.0
     divisor = tl.where(empty, one, s)
-    inv_sq = tl.where(q == 0.0, 0.0, _divide(one, divisor * q))
+    inv_sq = tl.where(q == 0.0, 0.0, divide(one, divisor * q))
     inv_q = inv_sq * divisor
     if MAXIMIZE:
         gradient = gradient * -1.0  # not -gradient, which is 0 - gradient in Triton: it loses the sign of zeros
@@ -222,24 +215,6 @@ def _adam_block(
     store_words(v, first, length, narrow(adapted, STORAGE[0]), BLOCK, MASKED)
     wide = in_chunk(adapted.to(tl.float64), first, length, BLOCK, MASKED)
     return partial_sums(wide * wide, one_access(STORAGE, 4))
-
-
-@triton.jit
-def _sqrt(x):
-    """Correctly rounded; `tl.sqrt` is that for float64 only."""
-    if x.dtype == tl.float32:
-        return tl.sqrt_rn(x)
-    else:
-        return tl.sqrt(x)
-
-
-@triton.jit
-def _divide(a, b):
-    """Correctly rounded; `/` is that for float64 only."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    else:
-        return a / b
 
 
 @triton.jit(do_not_specialize=["chunks", "rows", "slots", "scale_tensor"])

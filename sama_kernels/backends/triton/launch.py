@@ -44,12 +44,22 @@ def sum_slots(slots: Tensor) -> Tensor:
     return sums
 
 
+def new_slots(programs: int, device: torch.device) -> Tensor:
+    """Where the programs of an `adapt_norm` op put their parts of ||v||^2, shape (1, programs)."""
+    return torch.empty((1, programs), dtype=torch.float64, device=device)
+
+
+def total(slots: Tensor) -> Tensor:
+    """The sum of a single row of slots, 0-dim; 0 if it has none."""
+    return sum_slots(slots).reshape(()) if slots.numel() else slots.new_zeros(())
+
+
 @triton.jit(do_not_specialize=["slots", "sums", "count"])
 def sum_kernel(slots, sums, count: tl.int64, BLOCK: tl.constexpr):
     """Program i adds up row i: one float64 per program of the first stage, so that no atomics are needed."""
     row = slots + tl.program_id(0) * count
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    partial = tl.zeros((BLOCK,), dtype=tl.float64)
     for first in range(0, count, BLOCK):
         slot = first + tl.arange(0, BLOCK)
-        total += tl.load(row + slot, mask=slot < count, other=0.0)
-    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+        partial += tl.load(row + slot, mask=slot < count, other=0.0)
+    tl.store(sums + tl.program_id(0), tl.sum(partial, axis=0))
