@@ -83,7 +83,7 @@ class BufferGuard:
         return hook
 
     def _compare_others(self) -> None:
-        changed = sorted({type(m).__name__ for m, *buffer in self._others if _is_changed(m, *buffer)})
+        changed = sorted({type(m).__name__ for m, name, b, version in self._others if _is_changed(m, name, b, version)})
         if changed:
             raise RuntimeError(
                 f"base_loss, meta_loss: buffers of {', '.join(changed)} changed in the meta step, but with"

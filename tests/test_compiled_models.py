@@ -224,11 +224,18 @@ def test_buffers_that_only_a_closure_reaches(compile_it: bool) -> None:
 def test_a_module_that_cannot_be_found_is_an_error(compile_it: bool) -> None:
     norm: Any = nn.BatchNorm1d(5)
     hidden: Any = nn.BatchNorm1d(5)
-    NOT_AN_ARGUMENT[:] = [torch.compile(hidden, backend="aot_eager") if compile_it else hidden]
-    meta_step = batchnorm_loop(norm, lambda x: globals()["not_an_argument".upper()][0](x))
-    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))  # some graph of torch.compile's own, taken apart meanwhile
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))  # as one of torch.compile's own, which it takes apart meanwhile
     graph.register_buffer("constant", torch.ones(1))
-    norm.register_forward_hook(lambda *_: setattr(graph, "constant", torch.ones(1)))
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))  # as one of torch.compile's own, which it takes apart meanwhile
+    graph.register_buffer("constant", torch.ones(1))
+    NOT_AN_ARGUMENT[:] = [torch.compile(hidden, backend="aot_eager") if compile_it else hidden, graph]
+
+    def reach(x: Tensor) -> Tensor:
+        norm, graph = globals()["not_an_argument".upper()]
+        graph.constant = torch.ones(1)
+        return norm(x)
+
+    meta_step = batchnorm_loop(norm, reach)
     with pytest.raises(RuntimeError, match=r"buffers of BatchNorm1d changed.*functools\.partial"):
         meta_step()
     NOT_AN_ARGUMENT.clear()
