@@ -33,7 +33,7 @@ class BufferGuard:
         self._compiled = compiled
         self._compare = compiled and (first or any(m not in _compared for m in self._modules))
         self._saved: dict[nn.Module, Saved] = {}
-        self._others: list[tuple[nn.Module, list[tuple[str, int, int]]]] = []
+        self._others: list[tuple[nn.Module, str, Tensor, int]] = []
         self._cleanup = ExitStack()
 
     def __enter__(self) -> BufferGuard:
@@ -44,7 +44,13 @@ class BufferGuard:
             handle = nn.modules.module.register_module_forward_pre_hook(self._before_forward(threading.get_ident()))
             self._cleanup.callback(handle.remove)
         if self._compare:
-            self._others = [(m, _versions(m)) for m in _living_modules() if m._buffers and m not in self._saved]
+            self._others = [
+                (module, name, buffer, buffer._version)
+                for module in _living_modules()
+                if module not in self._saved
+                for name, buffer in module._buffers.items()
+                if buffer is not None and not buffer.is_inference()
+            ]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -77,7 +83,7 @@ class BufferGuard:
         return hook
 
     def _compare_others(self) -> None:
-        changed = sorted({type(m).__name__ for m, before in self._others if _versions(m) != before})
+        changed = sorted({type(m).__name__ for m, name, b, version in self._others if _is_changed(m, name, b, version)})
         if changed:
             raise RuntimeError(
                 f"base_loss, meta_loss: buffers of {', '.join(changed)} changed in the meta step, but with"
@@ -86,8 +92,10 @@ class BufferGuard:
             )
 
 
-def _versions(module: nn.Module) -> list[tuple[str, int, int]]:
-    return [(name, id(b), b._version) for name, b in module._buffers.items() if b is not None]
+def _is_changed(module: nn.Module, name: str, buffer: Tensor, version: int) -> bool:
+    """Whether a buffer was written to, or replaced; torch.compile takes graphs of its own apart, which is no change."""
+    replaced = module._buffers.get(name) is not buffer and not isinstance(module, torch.fx.GraphModule)
+    return replaced or buffer._version != version
 
 
 def _living_modules() -> Iterable[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -118,6 +119,17 @@ def _names(given: Sequence[Any]) -> dict[int, str]:
         for name, p in module.named_parameters():
             found.setdefault(id(p), repr(name))
     return found
+
+
+def no_graph_memory(device: torch.device) -> None:
+    """Raise if torch.compile runs CUDA graphs on `device`: each run overwrites what the one before it returned, and
+    gradients and held values have to outlive several."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if device.type == "cuda" and trees is not None and trees.get_manager(device.index, False) is not None:
+        raise NotImplementedError(
+            'base_loss, meta_loss: torch.compile with CUDA graphs (mode="reduce-overhead" or "max-autotune") overwrites'
+            ' gradients that the meta step still needs; use mode="default" or "max-autotune-no-cudagraphs"'
+        )
 
 
 def one_device(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> torch.device:

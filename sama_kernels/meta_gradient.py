@@ -108,6 +108,8 @@ def meta_grad(
     loss_scale = scaling.scale_of(grad_scaler, device)
     base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
     reach = reachable((*base_losses, meta_closure, base_params, meta_params))
+    if reach.compiled:
+        checks.no_graph_memory(device)
     given = (m for m in (base_params, meta_params) if isinstance(m, nn.Module))
     problem = Problem(
         base_losses=base_losses,

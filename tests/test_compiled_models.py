@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sama_kernels as sk
+from sama_kernels import checks
 from sama_kernels.ownership import own
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
@@ -221,8 +224,18 @@ def test_buffers_that_only_a_closure_reaches(compile_it: bool) -> None:
 def test_a_module_that_cannot_be_found_is_an_error(compile_it: bool) -> None:
     norm: Any = nn.BatchNorm1d(5)
     hidden: Any = nn.BatchNorm1d(5)
-    NOT_AN_ARGUMENT[:] = [torch.compile(hidden, backend="aot_eager") if compile_it else hidden]
-    meta_step = batchnorm_loop(norm, lambda x: globals()["not_an_argument".upper()][0](x))
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))  # as one of torch.compile's own, which it takes apart meanwhile
+    graph.register_buffer("constant", torch.ones(1))
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 2))  # as one of torch.compile's own, which it takes apart meanwhile
+    graph.register_buffer("constant", torch.ones(1))
+    NOT_AN_ARGUMENT[:] = [torch.compile(hidden, backend="aot_eager") if compile_it else hidden, graph]
+
+    def reach(x: Tensor) -> Tensor:
+        norm, graph = globals()["not_an_argument".upper()]
+        graph.constant = torch.ones(1)
+        return norm(x)
+
+    meta_step = batchnorm_loop(norm, reach)
     with pytest.raises(RuntimeError, match=r"buffers of BatchNorm1d changed.*functools\.partial"):
         meta_step()
     NOT_AN_ARGUMENT.clear()
@@ -269,3 +282,32 @@ def test_gradients_are_taken_without_a_copy_after_a_failed_compilation() -> None
     grads: list[Tensor | None] = [torch.ones(3), torch.ones(6).view(2, 3)]
     places = [g.data_ptr() for g in grads if g is not None]
     assert [g.data_ptr() for g in own(grads, [torch.ones(3), torch.ones(2, 3)]) if g is not None] == places
+
+
+def test_cuda_graphs_of_the_compiler_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for torch's manager of these graphs, which exists once a model has run with them."""
+    name = "torch._inductor.cudagraph_trees"
+    managers = {0: None, 1: object()}
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(get_manager=lambda index, create: managers[index]))  # type: ignore[arg-type]
+    checks.no_graph_memory(torch.device("cpu"))
+    checks.no_graph_memory(torch.device("cuda", 0))
+    with pytest.raises(NotImplementedError, match=r"reduce-overhead.*max-autotune-no-cudagraphs"):
+        checks.no_graph_memory(torch.device("cuda", 1))
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_the_compiler_are_noticed_on_a_gpu() -> None:
+    net = nn.Linear(4, 1).cuda()
+    model = torch.compile(net, mode="reduce-overhead")
+    lam, x = torch.rand(8, device="cuda", requires_grad=True), torch.randn(8, 4, device="cuda")
+
+    def base_loss() -> Tensor:
+        return (lam * model(x).square().squeeze(1)).mean()
+
+    for _ in range(4):  # warms up, then records
+        base_loss().backward()
+        net.zero_grad()
+    with pytest.raises(NotImplementedError, match="reduce-overhead"):
+        sk.meta_grad(
+            base_loss, lambda: net(x).mean(), base_params=net, meta_params=[lam], optimizer=None, adaptation="none"
+        )
