@@ -186,10 +186,10 @@ CASES: dict[str, tuple[Callable[[Setting], dict[str, Any]], type[Exception], str
         TypeError,
         r"optimizer: no adaptation for .*MyAdam.*adaptation=\"none\"",
     ),
-    "Rprop": (
-        lambda s: {"optimizer": torch.optim.Rprop(s.net.parameters())},
+    "SparseAdam": (
+        lambda s: {"optimizer": torch.optim.SparseAdam(s.net.parameters())},
         TypeError,
-        r"optimizer: no adaptation for torch.optim.rprop.Rprop",
+        r"optimizer: there is no adaptation for .*SparseAdam: its gradient is sparse.*sparse=False",
     ),
     "no optimizer": (lambda s: {"optimizer": None}, TypeError, r"optimizer: expected the torch.optim.Optimizer"),
     "alpha zero": (lambda s: {"alpha": 0.0}, ValueError, r"alpha: must be positive and finite, got 0"),
