@@ -37,16 +37,16 @@ BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 class Workload:
     """Data reweighting of a BERT classifier by a Meta-Weight-Net, one fixed random batch for each level."""
 
-    def __init__(self, model: str, batch: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, model: str, batch: int, tokens: int, device: torch.device, attention: str | None = None) -> None:
         import transformers
 
         torch.manual_seed(0)
         if model in SIZES:
-            config = transformers.BertConfig(**SIZES[model], num_labels=2)
+            config = transformers.BertConfig(**SIZES[model], num_labels=2, attn_implementation=attention)
             self.net: Any = transformers.BertForSequenceClassification(config)
         else:
             self.net = transformers.AutoModelForSequenceClassification.from_pretrained(
-                model, num_labels=2, local_files_only=True
+                model, num_labels=2, local_files_only=True, attn_implementation=attention
             )
         self.net.to(device).train()
         self.weigher = nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid()).to(device)
@@ -82,15 +82,16 @@ class Workload:
         """A base step with the weight net, recorded for the meta step."""
         self.step(self.recorded_base_loss)
 
-    def meta_step(self, backend: str) -> None:
+    def meta_step(self, backend: str = "auto", **options: Any) -> sk.MetaGradient:
         """One SAMA meta gradient."""
-        sk.meta_grad(
+        return sk.meta_grad(
             self.recorded_base_loss,
             self.meta_loss,
             base_params=self.net,
             meta_params=self.weigher,
             optimizer=self.optimizer,
             backend=backend,
+            **options,
         )
 
     def plain_pytorch_meta_step(self, freeze: bool) -> None:
@@ -149,7 +150,7 @@ def measure(workload: Workload, rounds: int, device: torch.device) -> dict[str, 
     """Times, ratios and peaks of one workload."""
     workload.weighted_step()
     workload.weighted_step()
-    candidates: dict[str, Callable[[], None]] = {
+    candidates: dict[str, Callable[[], object]] = {
         "plain base step": workload.plain_step,
         "weighted base step": workload.weighted_step,
         **{name: partial(workload.meta_step, backend) for name, backend in compiled_backends(device).items()},

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sama_kernels.types import Relative
+
 ADAPTATIONS = ("paper", "exact", "none")
 HOLDS = ("auto", "center")
 ROUNDINGS = ("nearest", "stochastic")
+DIFFERENCES = ("central", "forward", "exact")
 SYNCS = ("final", "full", "none")
 _EXPECTED = "an nn.Module or an iterable of tensors and modules"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -138,6 +141,17 @@ def one_device(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> 
     if len(devices) > 1:
         raise ValueError(f"base_params, meta_params: all must be on one device, got {', '.join(devices)}")
     return base_params[0].device
+
+
+def length(name: str, value: Any) -> float | Relative:
+    """`value` as a finite float > 0, or a `Relative`, which has been checked when it was made."""
+    if isinstance(value, Relative):
+        return value
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(
+            f"{name}: expected a number or sama_kernels.relative(fraction), got {type(value).__name__} {value!r}"
+        )
+    return positive(name, value)
 
 
 def positive(name: str, value: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from inspect import currentframe
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sama_kernels.held_values import code_of
+from sama_kernels.held_values import code_of, is_held
 from sama_kernels.types import Closure
 
 _DETACHING = {Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__}  # type: ignore[attr-defined]
@@ -35,7 +36,14 @@ class _Marked:
         return reference is not None and reference() is tensor
 
 
-class DetachWatch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
+    """Looks at the torch calls of a closure."""
+
+    def report(self, closure: Closure) -> None:
+        """Say what was found, after the closure has run through."""
+
+
+class DetachWatch(Watch):
     """Follows theta through the torch calls of a perturbed pass, in which only lambda requires grad.
 
     Values made of theta by `.detach()`, `.data` or under `no_grad` are "loose": they move with theta+- although the
@@ -51,13 +59,14 @@ class DetachWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inputs = list(_tensors_in((args, kwargs)))
+        inputs = list(tensors_in((args, kwargs)))
         from_theta = any(map(self._theta.has, inputs))
-        from_loose = any(map(self._loose.has, inputs))
+        from_loose = any(self._loose.has(x) and not is_held(x) for x in inputs)
         result = func(*args, **(kwargs or {}))
         if from_theta or from_loose:
-            loosens = from_theta and (func in _DETACHING or not torch.is_grad_enabled())
-            for output in _tensors_in(result):
+            without_grad = not torch.is_grad_enabled() and running_function() is None
+            loosens = from_theta and (func in _DETACHING or without_grad)
+            for output in tensors_in(result):
                 if not output.is_floating_point():
                     continue
                 if from_loose and output.requires_grad:
@@ -84,6 +93,24 @@ class DetachWatch(TorchFunctionMode):
         )
 
 
+def running_function() -> type[torch.autograd.Function] | None:
+    """The innermost autograd.Function in whose `apply` this is called: its forward runs without grad, and yet its
+    results have a gradient."""
+    frame = currentframe()
+    while frame is not None:
+        owner = function_applied_in(frame.f_locals)
+        if owner is not None:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def function_applied_in(variables: dict[str, Any]) -> type[torch.autograd.Function] | None:
+    """The autograd.Function whose `apply` has these local variables."""
+    owner = variables.get("cls")
+    return owner if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) else None
+
+
 def is_new(closure: Closure) -> bool:
     """Whether the code of this closure has not been watched through a whole pass yet."""
     return _key(closure) not in _watched
@@ -93,12 +120,13 @@ def _key(closure: Closure) -> Any:
     return code_of(closure) or type(closure)
 
 
-def _tensors_in(value: Any) -> Iterable[Tensor]:
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """The tensors among the arguments of a torch call, also in nested lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors_in(item)
+            yield from tensors_in(item)

@@ -35,6 +35,7 @@ class Tape:
     def record(self, x: Tensor) -> Tensor:
         """`x` detached, remembered."""
         value = x.detach().clone() if self._copy else x.detach()
+        _held[value] = True
         self._values.append((value, value._version))
         return value
 
@@ -95,6 +96,7 @@ class _Session(threading.local):
 
 _session = _Session()
 _asks = WeakIdKeyDictionary()
+_held = WeakIdKeyDictionary()
 
 
 @_never_compiled
@@ -174,6 +176,11 @@ def handling(handler: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         _session.handler = previous
+
+
+def is_held(value: Tensor) -> bool:
+    """Whether a tape has recorded this very tensor: it was detached, but the perturbed passes do not move it."""
+    return value in _held
 
 
 def refuse(_: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
-from sama_kernels import backends, checks, clipping, ops, scaling
+from sama_kernels import backends, checks, clipping, differences, ops, scaling
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
-from sama_kernels.passes import Perturbation, PerturbedPasses, buffer_guard, direct_gradient
+from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
 from sama_kernels.reach import reachable
-from sama_kernels.types import Closure, MetaGradient, Problem
+from sama_kernels.types import Closure, MetaGradient, Problem, Relative
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ def meta_grad(
     base_params: nn.Module | Iterable[Tensor | nn.Module],
     meta_params: nn.Module | Iterable[Tensor | nn.Module],
     optimizer: torch.optim.Optimizer | None,
-    alpha: float = 1.0,
+    alpha: float | Relative = 1.0,
     adaptation: str = "paper",
     update_base: bool = False,
     sync: str = "final",
@@ -37,6 +37,7 @@ def meta_grad(
     hold: str = "auto",
     rounding: str = "nearest",
     seed: int | None = None,
+    difference: str = "central",
     clip_coef: float | Tensor | None = None,
     clip_rank_one: bool = False,
     clip_value: float | None = None,
@@ -61,6 +62,7 @@ def meta_grad(
             (docs/optimizers.md) or one given to `register_adaptation`. May be None with adaptation="none".
         alpha: L2 length of the perturbation over all of theta, absolute as in the paper. What matters is its size
             relative to ||theta||: 1.0 is 0.24 % for BERT-base (about 400); small networks want 0.01 to 0.1.
+            `relative(1e-3)` is 1e-3 ||theta||. `diagnose` says whether it fits; docs/alpha.md says how to choose it.
         adaptation: "paper": D = du/dg without the epsilon term in its numerator, so that cells that were never touched
             count for nothing; "exact": D to the letter; "none": D = I (SAMA-NA).
         update_base: leave theta at theta - epsilon v afterwards (paper, end of section 3.2).
@@ -75,6 +77,11 @@ def meta_grad(
         seed: of the stochastic rounding, any integer. None: from `torch.initial_seed()` and the number of steps that
             the optimizer has made, so that every meta step rounds anew (`state_dict` keeps both for a checkpoint).
             torch's generators are not used.
+        difference: how dL_base/dlambda is differentiated along v. "central": between theta+ and theta-, error of order
+            alpha^2 (the paper's). "forward": between theta and theta+, error of order alpha; the pass at theta also
+            finds the values that `stop_gradient` holds. "exact": one pass at theta in forward mode, no alpha, theta is
+            not moved; every operator of base_loss that reads theta must have forward-mode derivatives, which fused
+            attention on the CPU and autograd.Functions without jvp have not; compiled parts run eagerly.
         clip_coef: what `clip_grad_norm_` multiplied the gradients by before the step, a number or a 0-dim tensor:
             `sk.clip_coef(total_norm, max_norm)`. du/dg is then D, at the clipped gradient, times this factor.
         clip_rank_one: also differentiate the norm in that factor (2-norm; base_params must be all that was clipped).
@@ -96,6 +103,7 @@ def meta_grad(
     checks.choice("adaptation", adaptation, checks.ADAPTATIONS)
     checks.choice("hold", hold, checks.HOLDS)
     checks.choice("rounding", rounding, checks.ROUNDINGS)
+    checks.choice("difference", difference, checks.DIFFERENCES)
     theta = checks.tensors("base_params", base_params, skip_frozen=True)
     lam = checks.tensors("meta_params", meta_params, skip_frozen=False)
     checks.leaves("base_params", theta)
@@ -119,12 +127,13 @@ def meta_grad(
         modules=tuple(reach.modules if reach.compiled else given),
         compiled=reach.compiled,
         optimizer=optimizer,
-        alpha=checks.positive("alpha", alpha),
+        alpha=checks.length("alpha", alpha),
         adaptation=adaptation,
         update_base=bool(update_base),
         hold=hold,
         rounding=ops.STOCHASTIC if rounding == "stochastic" else ops.NEAREST,
         seed=_rounding_seed(seed, optimizer) if rounding == "stochastic" else 0,
+        difference=difference,
         backend=backends.resolve(backend, device),
         clipping=clipping.checked(clip_coef, clip_rank_one, clip_value, device),
         loss_scale=loss_scale,
@@ -144,7 +153,7 @@ def _rounding_seed(seed: int | None, optimizer: torch.optim.Optimizer | None) ->
     return (checks.integer("seed", seed) + 2**63) % 2**64 - 2**63
 
 
-def _called_like(_: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+def called_like(_: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
     """Give a function the signature of `meta_grad`, for help(), editors and type checkers."""
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
@@ -155,7 +164,7 @@ def _called_like(_: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P
     return decorate
 
 
-@_called_like(meta_grad)
+@called_like(meta_grad)
 def meta_backward(*args: Any, **kwargs: Any) -> MetaGradient:
     """Like `meta_grad`, with the same arguments, and accumulates into the `.grad` of lambda, like `backward`."""
     kwargs["meta_params"] = given = checks.reusable(kwargs.get("meta_params"))
@@ -165,7 +174,7 @@ def meta_backward(*args: Any, **kwargs: Any) -> MetaGradient:
     return result
 
 
-@_called_like(meta_grad)
+@called_like(meta_grad)
 def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
     """The meta loss as a 0-dim tensor whose `.backward()` yields the SAMA gradient; same arguments as `meta_grad`.
 
@@ -198,24 +207,26 @@ def _sama(problem: Problem) -> MetaGradient:
         norm_sqs = clipping.apply(problem, clipped, v, adaptations.apply(plan, v, backend))
         # 3. epsilon = alpha / ||v||, on the device.
         size = scaling.step_size(problem, norm_sqs)
-        # 4. The two perturbed passes, of the same function.
+        # 4. dL_base/dlambda on both sides of theta, of the same function (or its derivative along v, if "exact").
         moving = [p for p, x in zip(problem.base_params, v, strict=True) if x is not None]
         directions = [x for x in v if x is not None]
-        passes = PerturbedPasses(problem, buffers, rng, interrupts)
+        v.clear()  # "exact" replaces these tensors one by one
         with frozen(problem.base_params), Perturbation(moving, directions, backend) as theta:
-            step = theta.plus(size.along, problem.rounding, problem.seed)
-            base_loss_plus, grads_plus = passes.at_plus(theta)
-            theta.minus(size.along)
-            base_loss_minus, grads_minus = passes.at_minus()
-            overflow = scaling.overflow(problem, grads_plus, grads_minus)
-            if problem.update_base:
-                theta.keep(unless=overflow)
+            sides = differences.evaluate(problem, theta, size, buffers, rng, interrupts)
         # 5. Their difference quotient.
-        realised, alignment = _realised(step, size.epsilon * size.norm)
-        size = scaling.without_overflow(size, overflow)
-        grads = _difference(problem, grads_plus, grads_minus, scaling.unscaled(problem, explicit), size)
+        realised, alignment = _realised(sides.step, size.epsilon * size.norm)
+        size = scaling.without_overflow(sides.size, sides.overflow)
+        grads = _difference(problem, sides.plus, sides.minus, scaling.unscaled(problem, explicit), size)
     return MetaGradient(
-        grads, meta_loss, base_loss_plus, base_loss_minus, size.norm, size.epsilon, size.degenerate, realised, alignment
+        grads,
+        meta_loss,
+        sides.loss_plus,
+        sides.loss_minus,
+        size.norm,
+        size.epsilon,
+        size.degenerate,
+        realised,
+        alignment,
     )
 
 

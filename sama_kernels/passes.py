@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
@@ -15,7 +15,7 @@ from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.ownership import own
 from sama_kernels.replayed_masks import ReplayedMasks
-from sama_kernels.types import Problem
+from sama_kernels.types import Closure, Problem
 
 
 def direct_gradient(
@@ -55,9 +55,9 @@ class Perturbation:
     v's memory is used up: it holds what brings theta back (`ops.perturb`).
     """
 
-    def __init__(self, params: Sequence[Tensor], v: Sequence[Tensor], backend: str) -> None:
-        self._params = params
-        self._v = v
+    def __init__(self, params: Sequence[Tensor], v: list[Tensor], backend: str) -> None:
+        self.params = params
+        self.v = v
         self._backend = backend
         self._versions = tuple(p._version for p in params)
         self._moved = False
@@ -73,7 +73,7 @@ class Perturbation:
             self.toggle()
             if not self._kept:
                 # The same bits as before: a graph of the caller's that saved theta may still be used.
-                torch._C._autograd._unsafe_set_version_counter(tuple(self._params), self._versions)
+                torch._C._autograd._unsafe_set_version_counter(tuple(self.params), self._versions)
 
     def plus(self, epsilon: Tensor, rounding: int, seed: int) -> Tensor | None:
         """theta -> theta+ = theta + epsilon v.
@@ -81,9 +81,9 @@ class Perturbation:
         Returns: what was realised of it, as `ops.perturb` measures it; None if all parameters are of 32 or 64 bits,
         whose rounding is far below a step.
         """
-        measure = any(p.element_size() == 2 for p in self._params)
+        measure = any(p.element_size() == 2 for p in self.params)
         step = ops.perturb(
-            self._params, self._v, epsilon, ops.PLUS,
+            self.params, self.v, epsilon, ops.PLUS,
             rounding=rounding, seed=seed, measure=measure, backend=self._backend,
         )  # fmt: skip
         self._moved = True
@@ -91,11 +91,11 @@ class Perturbation:
 
     def minus(self, epsilon: Tensor) -> None:
         """theta+ -> theta- = theta - epsilon v."""
-        ops.perturb(self._params, self._v, epsilon, ops.MINUS, backend=self._backend)
+        ops.perturb(self.params, self.v, epsilon, ops.MINUS, backend=self._backend)
 
     def toggle(self) -> None:
         """theta+- -> theta, or back again."""
-        ops.restore(self._params, self._v, backend=self._backend)
+        ops.restore(self.params, self.v, backend=self._backend)
         self._moved = not self._moved
 
     def keep(self, unless: Tensor | None = None) -> None:
@@ -107,7 +107,7 @@ class Perturbation:
         if unless is None:
             self._moved = False
         else:
-            for x in self._v:  # the XOR bits that the way back takes: without them theta stays where it is
+            for x in self.v:  # the XOR bits that the way back takes: without them theta stays where it is
                 x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).mul_(unless)
 
 
@@ -117,6 +117,9 @@ class PerturbedPasses:
     The same random numbers, the same buffers, the same held values (`stop_gradient`). theta is frozen by the caller
     and lambda alone is differentiated, so no activation of the base model is stored.
     """
+
+    untaped: Callable[[Tensor], Tensor] = staticmethod(holding.refuse)
+    """What `stop_gradient` does in a pass without a tape."""
 
     def __init__(self, problem: Problem, buffers: BufferGuard, rng: RngState, interrupts: Interrupts) -> None:
         self._losses = problem.base_losses
@@ -146,14 +149,24 @@ class PerturbedPasses:
             self._watch_uncompiled()
         return result
 
-    def at_minus(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Pass 3, at theta-."""
+    def at_theta(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Pass 2 of a forward difference. Without a tape it makes the one that the next pass replays."""
+        tapes = [holding.Tape(copy=True) for _ in self._losses] if self._tapes is None else None
+        result = self._run_keeping_masks(tapes)
+        if tapes is not None:
+            self._tapes = tapes
+        if self._compiled:
+            self._watch_uncompiled()
+        return result
+
+    def at_other_side(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Pass 3: at theta-, or in a forward difference at theta+."""
         with self._masks.used() if self._masks else nullcontext():
             return self._run()
 
-    def _run_keeping_masks(self) -> tuple[Tensor, list[Tensor | None]]:
+    def _run_keeping_masks(self, record: list[holding.Tape] | None = None) -> tuple[Tensor, list[Tensor | None]]:
         with self._masks.kept() if self._masks else nullcontext():
-            return self._run()
+            return self._run(record)
 
     def _visit_centre(self, theta: Perturbation) -> None:
         """Evaluate the losses at theta without a graph, to learn the values that `stop_gradient` holds."""
@@ -169,12 +182,13 @@ class PerturbedPasses:
         self._tapes = tapes
         theta.toggle()
 
-    def _run(self) -> tuple[Tensor, list[Tensor | None]]:
+    def _run(self, record: list[holding.Tape] | None = None) -> tuple[Tensor, list[Tensor | None]]:
+        """One pass over all microbatches; held values are replayed, or written to `record`."""
         self._rewind_randomness()
         total: Tensor | None = None
         sums: list[Tensor | None] = [None] * len(self._meta_params)
         for i in range(len(self._losses)):
-            loss, grads = self._evaluate(i)
+            loss, grads = self._evaluate(i, None if record is None else record[i].record)
             total = loss if total is None else total + loss
             own_grads = own(grads, self._meta_params)
             if len(self._losses) > 1:  # bfloat16 and float16 gradients are added, and later differenced, in float32
@@ -185,29 +199,39 @@ class PerturbedPasses:
         assert total is not None
         return total, sums
 
-    def _evaluate(self, i: int) -> tuple[Tensor, list[Tensor | None]]:
-        """One microbatch: the loss and its gradient with respect to lambda."""
+    def _evaluate(self, i: int, record: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, list[Tensor | None]]:
+        """One microbatch: the loss and its gradient with respect to lambda (`differentiate`)."""
         closure = self._losses[i]
-        watched = not self._compiled and detach_watch.is_new(closure)
-        watch = detach_watch.DetachWatch(self._base_params) if watched else None
-        loss = self._loss(i, watch or nullcontext())
+        watch = self.watch(closure)
+        loss = self._loss(i, watch or nullcontext(), record)
         checks.scalar_loss("base_loss", loss, "meta_params")
         if watch is not None:
             watch.report(closure)
         with self._interrupts.allowed():
-            grads = torch.autograd.grad(self._scaled(loss), self._meta_params, allow_unused=True)
+            grads = self.differentiate(self._scaled(loss))
             checks.whole_graph("base_loss", loss, grads)
         checks.dense("meta_params", grads)
-        return loss.detach().reshape(()), list(grads)
+        return loss.detach().reshape(()), grads
 
-    def _loss(self, i: int, context: AbstractContextManager[object]) -> Tensor:
+    def watch(self, closure: Closure) -> detach_watch.Watch | None:
+        """Looks for plain detaches while the closure runs; once for each closure's code."""
+        watched = not self._compiled and detach_watch.is_new(closure)
+        return detach_watch.DetachWatch(self._base_params) if watched else None
+
+    def differentiate(self, loss: Tensor) -> list[Tensor | None]:
+        """Of one microbatch: the gradient of the scaled loss with respect to lambda."""
+        return list(torch.autograd.grad(loss, self._meta_params, allow_unused=True))
+
+    def _loss(
+        self, i: int, context: AbstractContextManager[object], record: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """L_base of one microbatch at today's theta, with its held values."""
         tape = self._tapes[i] if self._tapes is not None else None
         if tape is not None:
             tape.rewind()
             if tape.rng is not None:  # the dropout masks of the call whose values are held
                 tape.rng.restore()
-        handler = holding.refuse if tape is None else tape.replay
+        handler = record or (self.untaped if tape is None else tape.replay)
         with torch.enable_grad(), holding.handling(handler), context, self._interrupts.allowed():
             loss = self._losses[i]()
         if tape is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sama_kernels import ops
+from sama_kernels import step_length
 from sama_kernels.adaptation import step_record
 from sama_kernels.types import Problem
 
@@ -105,7 +105,7 @@ class StepSize:
 
 def step_size(problem: Problem, norm_sqs: Sequence[Tensor]) -> StepSize:
     """epsilon = alpha / ||v|| for v = c (v as stored) / S."""
-    norm, along, degenerate = ops.step_size(norm_sqs, problem.alpha, problem.tiny, backend=problem.backend)
+    norm, along, degenerate = step_length.step_size(problem, norm_sqs)
     epsilon = quotient = along
     explicit = norm
     coef, scale = problem.clipping.coef, problem.loss_scale

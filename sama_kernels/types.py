@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,22 +14,52 @@ Closure = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
+class Relative:
+    """A length that is given as a fraction of ||theta||_2; `relative` makes it."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fraction, int | float) or isinstance(self.fraction, bool):
+            raise TypeError(f"relative: expected a number, got {type(self.fraction).__name__}")
+        if not (self.fraction > 0 and math.isfinite(self.fraction)):
+            raise ValueError(f"relative: the fraction of ||theta|| must be positive and finite, got {self.fraction}")
+
+
+def relative(fraction: float) -> Relative:
+    """alpha = fraction * ||theta||_2, the norm of all base parameters as they are at the meta step.
+
+    ``alpha=sk.relative(1e-3)`` keeps its meaning while theta grows and from one model to the next. The norm is computed
+    on the device by one read of theta (the same bits every time), and is not copied to the host.
+
+    Arguments:
+        fraction: > 0; 1e-3 suits most models in float32.
+    Raises:
+        TypeError, ValueError: `fraction` is no number, or not positive and finite.
+    """
+    return Relative(fraction)
+
+
+@dataclass(frozen=True)
 class MetaGradient:
     """What `meta_grad` returns. The tensors live on the device of the parameters; none was copied to the host.
 
     Attributes:
         grads: dL_meta/dlambda, one per meta parameter, in their shapes and dtypes; zeros where a loss does not read it.
         meta_loss: L_meta(theta), 0-dim, detached.
-        base_loss_plus, base_loss_minus: L_base(theta+-, lambda), summed over microbatches, 0-dim, detached.
+        base_loss_plus, base_loss_minus: L_base(theta+-, lambda), summed over microbatches, 0-dim, detached. With
+            difference="forward" base_loss_minus is the loss at theta, and with "exact" so are both.
         norm: ||v||_2 over all base parameters, float64, 0-dim.
-        epsilon: the step size alpha / norm, float64, 0-dim; 0 if degenerate.
-        degenerate: bool, 0-dim. True if the norm is zero, tiny or not finite; `grads` then holds no finite difference
-            (zeros, plus the explicit dL_meta/dlambda if the norm was finite) and theta was not moved. Also True, with
-            zeros alone, if a GradScaler skipped the base step or a scaled gradient overflowed (`grad_scaler`).
+        epsilon: the step size alpha / norm, float64, 0-dim; 0 if degenerate. difference="exact" takes no step; it is
+            then the one that update_base makes.
+        degenerate: bool, 0-dim. True if the norm is zero, tiny or not finite, or if alpha is relative to a ||theta||
+            that is zero or not finite; `grads` then holds no derivative of L_base (zeros, plus the explicit
+            dL_meta/dlambda if the norm was finite) and theta was not moved. Also True, with zeros alone, if a GradScaler
+            skipped the base step or a scaled gradient overflowed (`grad_scaler`).
         realised: how much of the step epsilon v survived its rounding to the parameters' dtypes: <s, epsilon v> /
             ||epsilon v||^2 with s = theta+ - theta, float64, 0-dim; 1 is all of it. The finite difference is too small
             by about this factor: below 0.9 use rounding="stochastic" or a larger alpha. None if no base parameter is
-            bfloat16 or float16; NaN if degenerate.
+            bfloat16 or float16, and with difference="exact", which takes no step; NaN if degenerate.
         alignment: the cosine of s and v, likewise. It is what stochastic rounding does not mend: a lower one means a
             noisier gradient.
     """
@@ -73,12 +104,13 @@ class Problem:
     modules: tuple[torch.nn.Module, ...]
     compiled: bool
     optimizer: torch.optim.Optimizer | None
-    alpha: float
+    alpha: float | Relative
     adaptation: str
     update_base: bool
     hold: str
     rounding: int
     seed: int
+    difference: str
     backend: str
     clipping: Clipping = Clipping()
     loss_scale: Tensor | None = None

@@ -14,7 +14,7 @@ import torch
 from op_cases import needs_cpu_kernels
 from torch import Tensor
 
-from bench import cases, gpu_summary, kernels, report, sanitize, shapes, timing
+from bench import cases, difference, gpu_summary, kernels, report, sanitize, shapes, timing
 from bench.contenders import Foreach, Library
 from bench.inputs import PRECISIONS, Inputs
 from sama_kernels import ops
@@ -243,3 +243,18 @@ def test_gpu_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [step["status"] for step in summary["steps"]] == ["ok", "out of time", "skipped"]
     assert summary["tests"] == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2} and not summary["ok"]
     assert "cpu" in summary["backends"] and summary["machine"]["commit"]
+
+
+def test_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert difference.main(["--tiny", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    assert path.name.startswith("difference_tiny_4x8_") and json.loads(capsys.readouterr().out) == result
+    assert result["machine"]["commit"] and result["machine"]["versions"]["torch"] == torch.__version__
+    names = {"plain base step", *difference.DIFFERENCES, *(f"{name}, unrecorded" for name in difference.DIFFERENCES)}
+    assert set(result["seconds"]) == names and all(row["median"] > 0 for row in result["seconds"].values())
+    wide, narrow = result["errors"]["float64"], result["errors"]["float32"]
+    assert wide["double backward"] == 0 and wide["exact"] < 1e-9 and narrow["exact"] < 1e-2
+    ratios = {how: wide[how]["0.01"] / wide[how]["0.001"] for how in ("central", "forward")}
+    assert ratios["central"] == pytest.approx(100, rel=0.1) and ratios["forward"] == pytest.approx(10, rel=0.1)

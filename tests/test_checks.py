@@ -195,7 +195,11 @@ CASES: dict[str, tuple[Callable[[Setting], dict[str, Any]], type[Exception], str
     "alpha zero": (lambda s: {"alpha": 0.0}, ValueError, r"alpha: must be positive and finite, got 0"),
     "alpha negative": (lambda s: {"alpha": -1}, ValueError, r"alpha: must be positive"),
     "alpha nan": (lambda s: {"alpha": float("nan")}, ValueError, r"alpha: must be positive"),
-    "alpha string": (lambda s: {"alpha": "1"}, TypeError, r"alpha: expected a number, got str"),
+    "alpha string": (
+        lambda s: {"alpha": "1"},
+        TypeError,
+        r"alpha: expected a number or .*relative\(fraction\), got str '1'",
+    ),
     "adaptation": (
         lambda s: {"adaptation": "adam"},
         ValueError,

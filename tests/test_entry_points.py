@@ -164,7 +164,7 @@ def test_works_under_no_grad_and_inside_a_thread() -> None:
 def test_signature_is_the_documented_one() -> None:
     expected = ["base_loss", "meta_loss", "base_params", "meta_params", "optimizer"]
     expected += ["alpha", "adaptation", "update_base", "sync", "group", "backend", "hold", "rounding", "seed"]
-    expected += ["clip_coef", "clip_rank_one", "clip_value", "grad_scaler", "master_params"]
+    expected += ["difference", "clip_coef", "clip_rank_one", "clip_value", "grad_scaler", "master_params"]
     defaults = {
         "alpha": 1.0,
         "adaptation": "paper",
@@ -175,13 +175,14 @@ def test_signature_is_the_documented_one() -> None:
         "hold": "auto",
         "rounding": "nearest",
         "seed": None,
+        "difference": "central",
         "clip_coef": None,
         "clip_rank_one": False,
         "clip_value": None,
         "grad_scaler": None,
         "master_params": None,
     }
-    for function in (sk.meta_grad, sk.meta_backward, sk.sama_loss):
+    for function in (sk.meta_grad, sk.meta_backward, sk.sama_loss, sk.diagnose):
         parameters = inspect.signature(function).parameters
         assert list(parameters) == expected
         assert {k: parameters[k].default for k in defaults} == defaults

@@ -16,9 +16,12 @@ ROOT = Path(sama_kernels.__file__).parent
 LAYERS = [
     ["sama_kernels.__main__"],
     ["sama_kernels"],
-    ["sama_kernels.info"],
+    ["sama_kernels.info", "sama_kernels.diagnose"],
     ["sama_kernels.meta_gradient"],
-    ["sama_kernels.function", "sama_kernels.passes", "sama_kernels.clipping", "sama_kernels.scaling"],
+    ["sama_kernels.function", "sama_kernels.differences"],
+    ["sama_kernels.jvp"],
+    ["sama_kernels.passes", "sama_kernels.clipping", "sama_kernels.scaling"],
+    ["sama_kernels.step_length"],
     ["sama_kernels.checkpoint"],
     ["sama_kernels.adaptation"],
     ["sama_kernels.adaptation.registry"],
@@ -47,9 +50,9 @@ LAYERS = [
         "sama_kernels.ownership",
         "sama_kernels.replayed_masks",
         "sama_kernels.reach",
-        "sama_kernels.types",
-        "sama_kernels.version",
+        "sama_kernels.ladder",
     ],
+    ["sama_kernels.types", "sama_kernels.version", "sama_kernels.diagnosis"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 

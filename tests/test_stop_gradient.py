@@ -249,3 +249,41 @@ def test_recorded_keeps_name_and_result() -> None:
         return torch.ones(())
 
     assert base_loss.__name__ == "base_loss" and base_loss.__doc__ == "Doc." and base_loss() == 1
+
+
+@pytest.mark.parametrize("difference", ["central", "forward", "exact"])
+@pytest.mark.parametrize("hold", ["auto", "center"])
+def test_stop_gradient_is_not_taken_for_a_plain_detach(hold: str, difference: str) -> None:
+    weigher = nn.Linear(1, 1).double()
+    namespace: dict[str, Any] = {"sk": sk, "net": nn.Linear(5, 1).double(), "weigher": weigher, "torch": torch}
+    code = (
+        "def base():\n x = net(torch.ones(3, 5).double()).square()\n return (weigher(sk.stop_gradient(x)) * x).mean()"
+    )
+    exec(code, namespace)  # a code object of its own: each is watched once
+    net = namespace["net"]
+    problem = Bilevel(net, weigher, namespace["base"], lambda: net(torch.ones(1, 5).double()).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grads(problem, hold=hold, difference=difference)
+
+
+def test_the_forward_of_an_autograd_function_is_not_taken_for_a_plain_detach() -> None:
+    """It runs without grad, but its result has one."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grad
+
+    theta, lam = (torch.rand(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sk.meta_grad(
+            lambda: (lam * Square.apply(theta)).sum(), lambda: theta.sum(), base_params=[theta], meta_params=[lam],
+            optimizer=None, adaptation="none",
+        )  # fmt: skip

@@ -138,7 +138,8 @@ def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: fl
         factor = scale if scale_tensor is None else scale * scale_tensor.to(device=d.device, dtype=torch.float64)
         adapted = d.to(dtype) * torch.as_tensor(factor, dtype=torch.float64, device=d.device).to(dtype)
         total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()
-        d.copy_(adapted)
+        if scale_tensor is not None or scale != 1.0:
+            d.copy_(adapted)
     return total
 
 
