@@ -54,8 +54,8 @@ class MetaGradient:
             then the one that update_base makes.
         degenerate: bool, 0-dim. True if the norm is zero, tiny or not finite, or if alpha is relative to a ||theta||
             that is zero or not finite; `grads` then holds no derivative of L_base (zeros, plus the explicit
-            dL_meta/dlambda if the norm was finite) and theta was not moved. Also True, with zeros alone, if a GradScaler
-            skipped the base step or a scaled gradient overflowed (`grad_scaler`).
+            dL_meta/dlambda if the norm was finite) and theta was not moved. Also True, with zeros alone, if a
+            GradScaler skipped the base step or a scaled gradient overflowed (`grad_scaler`).
         realised: how much of the step epsilon v survived its rounding to the parameters' dtypes: <s, epsilon v> /
             ||epsilon v||^2 with s = theta+ - theta, float64, 0-dim; 1 is all of it. The finite difference is too small
             by about this factor: below 0.9 use rounding="stochastic" or a larger alpha. None if no base parameter is
