@@ -50,7 +50,8 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
         arguments.pop(name, None)
     for name in ("base_params", "meta_params", "master_params"):
         arguments[name] = checks.reusable(arguments.get(name))
-    with uncompiled():  # forward mode needs it, and compiled code may draw other dropout masks than eager code
+    # Forward mode needs eager code, and compiled code may draw other dropout masks.
+    with Interrupts() as interrupts, uncompiled(), interrupts.allowed():
         return _Patient(arguments).examine()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from test_guards import BACKENDS, Broken, Setting, assert_same
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -36,6 +37,7 @@ def state(setting: Setting) -> dict[str, Any]:
         "forward mode": torch._C._is_fwd_grad_enabled(),
         "modes": torch.overrides._len_torch_function_stack(),
         "functions": torch._C._is_torch_function_all_disabled(),
+        "stance": str(torch._dynamo.eval_frame._stance),
         "storage": [p.data_ptr() for p in theta],
     }
 
