@@ -17,6 +17,10 @@ OPTIMIZERS = [
     (torch.optim.Adam, {"lr": 0.02}),
     (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}),
     (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.1}),
+    (torch.optim.RMSprop, {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.5, "centered": True, "eps": 1e-3}),
+    (torch.optim.Adamax, {"lr": 0.02}),
+    (torch.optim.ASGD, {"lr": 0.1, "lambd": 0.1}),
 ]
 
 
