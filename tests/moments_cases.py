@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from op_cases import F64, clones, randn
+from op_cases import F64, clones, randn, undecided
 from torch import Tensor
 
 from sama_kernels import ops
@@ -133,7 +133,7 @@ class Moments:
         return v, norm_sq
 
     def exact(self, i: int) -> Tensor:
-        """D d in float64, by the quotient rule."""
+        """D d in float64, by the quotient rule; see `undecided`."""
         row, form = self.rows[i], self.variant.form
         d = self.v[i]
         if form == ops.LINEAR:
@@ -149,19 +149,20 @@ class Moments:
         n = self._numerator(row, g, m)
         if form == ops.MAXIMUM:
             size = w + 0.1 * self.params[i].double().abs() if self.variant.decay else w
-            made = (w - g.abs() - row.eps).abs() <= (2 if self.variant.decay else 1) * ulp * size
+            distance, limit = (w - g.abs() - row.eps).abs(), (2 if self.variant.decay else 1) * ulp * size
+            made = distance <= limit
             r = row.slope * g.abs() - n * g.sign()
             r = torch.where(r.abs() <= 8 * ulp * row.slope * w, 0.0, r)
             derivative = torch.where(made, (r + row.slope * row.tail) / w**2, row.slope / w)
-            return self.sign * row.rate * derivative * d
+            return undecided(self.sign * row.rate * derivative * d, distance, limit)
         lean = g - m if form == ops.CENTERED else g
         second = (w - m * m).clamp(min=0) if form == ops.CENTERED else w
         s = second.sqrt()
         ds = torch.where(second == 0, 0.0, row.omega * lean / s)
-        noise = (row.slope * second - row.omega * n * lean).abs() <= 8 * ulp * row.slope * w
-        zero = noise | (second == 0)
+        r, noise = (row.slope * second - row.omega * n * lean).abs(), 8 * ulp * row.slope * w
+        zero = (r <= noise) | (second == 0)
         derivative = torch.where(zero, 0.0, row.kappa * (row.slope * s - n * ds)) / q**2
-        return self.sign * row.rate * (derivative + row.slope * row.tail / q**2) * d
+        return undecided(self.sign * row.rate * (derivative + row.slope * row.tail / q**2) * d, r, noise)
 
     def _gradient(self, i: int, row: Row, m: Tensor, q: Tensor) -> Tensor:
         g = self.sign * self.grads[i].double()

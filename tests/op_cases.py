@@ -19,8 +19,9 @@ DTYPES = [F32, F64, BF16, F16]
 SEED = int(os.environ.get("SAMA_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
 # A kernel may be twice as far from the float64 result as plain PyTorch in the same dtype, plus this times the largest
-# result. Without the "plus", a reference that happens to be exact (one element, say) would allow nothing.
-ATOL = {F32: 1e-7, F64: 1e-15, BF16: 4e-3, F16: 5e-4}
+# result. Without the "plus", a reference that happens to be exact (one element, or one that dwarfs all others) would
+# allow nothing.
+ATOL = {F32: 5e-7, F64: 1e-15, BF16: 4e-3, F16: 5e-4}
 
 needs_cpu_kernels = pytest.mark.skipif(
     backends.unavailable("cpu", torch.device("cpu")) is not None, reason="installed without compiled kernels"
@@ -57,7 +58,8 @@ def assert_close(kernel: Tensor, plain: Tensor) -> None:
 
 
 def assert_as_good(kernel: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """`kernel` is at most twice as far from `exact` (float64) as `plain`, the reference backend, is."""
+    """`kernel` is at most twice as far from `exact` (float64) as `plain`, the reference backend, is. Where `exact` is
+    not finite nothing is compared."""
     if exact.numel() == 0:
         return
     finite = exact.isfinite() & plain.isfinite()
@@ -65,6 +67,12 @@ def assert_as_good(kernel: Tensor, plain: Tensor, exact: Tensor) -> None:
     error, allowed = ((x.double() - exact)[finite].abs().max().item() if finite.any() else 0.0 for x in (kernel, plain))
     scale = exact[finite].abs().max().item() if finite.any() else 0.0
     assert error <= 2 * allowed + ATOL[kernel.dtype] * scale
+
+
+def undecided(exact: Tensor, size: Tensor, limit: Tensor | float) -> Tensor:
+    """`exact` with NaN, which `assert_as_good` leaves out, where `size` is so close to a limit between two formulas
+    that a unit in the last place decides which one holds."""
+    return torch.where((size - limit).abs() < 1e-3 * limit, torch.nan, exact)
 
 
 class Adam:
@@ -92,7 +100,7 @@ class Adam:
         return v, norm_sq
 
     def exact(self, i: int) -> Tensor:
-        """D d from the formula of DESIGN: lr/c1 [(1-b1)/q - (1-b2) m g / (c2 s q^2)], in float64."""
+        """D d from the formula of DESIGN: lr/c1 [(1-b1)/q - (1-b2) m g / (c2 s q^2)], in float64; see `undecided`."""
         k = self.scalars
         t, b1, b2 = self.steps[i].item(), k["beta1"], k["beta2"]
         c1, c2 = 1 - b1**t, 1 - b2**t
@@ -105,6 +113,7 @@ class Adam:
             g = g + k["weight_decay"] * (self.params[i].double() + k["lr"] / c1 * m / q)
         second = (1 - b2) * m * g / (c2 * s) * (own == w)
         noise = 8 * torch.finfo(self.exp_avgs[i].dtype).eps * (1 - b1)
-        second = torch.where(((1 - b1) - second / s).abs() <= noise, (1 - b1) * s, second)
+        r = ((1 - b1) - second / s).abs()
+        second = undecided(torch.where(r <= noise, (1 - b1) * s, second), r, noise)
         first = (1 - b1) * (q if k["mode"] == ops.EXACT else s)
         return k["lr"] / c1 * (first - second) / q**2 * d * (-1 if k["maximize"] else 1)
