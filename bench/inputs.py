@@ -47,7 +47,12 @@ class Inputs:
         self.numel = elements(shapes)
         self.theta, self.d = randn(precision.values), randn(precision.values)
         self.grads, self.m = randn(precision.values, 0.01), randn(precision.state, 0.01)
-        self.w = [x.square_().add_(1e-6) for x in randn(precision.state, 0.01)]
+        # A step has added (1 - beta2) g^2, at most 1 % of g^2 here: a smaller w would be one that no step leaves, and D
+        # a difference of equals, which nobody computes to 1e-5.
+        self.w = [
+            x.square_().add_(1e-6).add_(0.01 * g.to(x.dtype).square())
+            for x, g in zip(randn(precision.state, 0.01), self.grads, strict=True)
+        ]
         # Adam keeps one counter per parameter. On a GPU they are there, as in fused and capturable optimizers: from
         # the CPU the reference backend would fetch them one by one.
         self.steps = [torch.tensor(STEP, device=device) for _ in shapes]

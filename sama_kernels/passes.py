@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sama_kernels import checks, detach_watch, ops
 from sama_kernels import held_values as holding
+from sama_kernels.backends.reference import bits
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.ownership import own
@@ -107,8 +108,8 @@ class Perturbation:
         if unless is None:
             self._moved = False
         else:
-            for x in self.v:  # the XOR bits that the way back takes: without them theta stays where it is
-                x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).mul_(unless)
+            # The XOR bits that the way back takes: without them theta stays where it is.
+            torch._foreach_mul_([bits(x) for x in self.v], unless)
 
 
 class PerturbedPasses:

@@ -66,8 +66,6 @@ def _sizes(p: Tensor) -> Tensor:
 @pytest.mark.parametrize("steps", [1, 2, 10, 1000])
 @pytest.mark.parametrize(("module", "name"), TYPES)
 def test_v_is_the_derivative_of_the_real_step_up_to_quantisation(module: str, name: str, steps: int) -> None:
-    if steps == 1000 and "W" not in name:
-        pytest.skip("long, and the same as with W")
     optimizer_type, h = _type(module, name), 1e-2
     params, optimizer = _stepped(optimizer_type, steps)
     plus, minus = (_stepped(optimizer_type, steps, side * h)[0] for side in (1, -1))

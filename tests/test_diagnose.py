@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from guarded import Setting, assert_same
 from problems import (
     Bilevel,
     after_steps,
@@ -21,7 +22,6 @@ from problems import (
     weight_net,
 )
 from stepping import adapted
-from test_guards import Setting, assert_same
 from torch import Tensor, nn
 
 import sama_kernels as sk

@@ -4,18 +4,12 @@ difference)."""
 from __future__ import annotations
 
 import math
-import re
-import signal
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
-from test_guards import BACKENDS, Broken, Setting, assert_same
+from guarded import BACKENDS, PACKAGE, Broken, Explodes, Setting, assert_same, interrupted_at_every_line
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -23,7 +17,6 @@ import sama_kernels as sk
 from sama_experiments.memory import peak_bytes
 
 DIFFERENCES = ["forward", "exact"]
-PACKAGE = re.escape(str(Path(sk.__file__).parent))
 
 
 def state(setting: Setting) -> dict[str, Any]:
@@ -74,57 +67,11 @@ def test_an_error_in_a_closure(difference: str, call: int, error: type[BaseExcep
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
 def test_an_error_in_backward(difference: str) -> None:
-    class Explodes(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-            return tangent.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            raise Broken("in backward")
-
     setting = Setting()
     before = state(setting)
     with pytest.raises(Broken):
         setting.meta_grad(difference=difference, base_loss=lambda: Explodes.apply(setting.base_loss()))
     assert_same(before, state(setting))
-
-
-def interrupted_at_every_line(work: Callable[[], object], files: str, before: dict[str, Any], setting: Setting) -> int:
-    """A real SIGINT at every line that `work` executes in these files (the first and the last time it does): each is a
-    KeyboardInterrupt that leaves everything as it was. Returns how many lines there are."""
-    executed: list[tuple[str, int]] = []
-
-    def run(interrupt_at: int | None) -> None:
-        del executed[:]
-
-        def trace(frame: FrameType, event: str, _: object) -> Any:
-            if not re.search(files, frame.f_code.co_filename):
-                return None
-            if event == "line":
-                executed.append((frame.f_code.co_filename, frame.f_lineno))
-                if len(executed) - 1 == interrupt_at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        sys.settrace(trace)
-        try:
-            work()
-        finally:
-            sys.settrace(None)
-
-    run(None)
-    first = {place: i for i, place in reversed(list(enumerate(executed)))}
-    last = {place: i for i, place in enumerate(executed)}
-    for target in sorted({*first.values(), *last.values()}):
-        with pytest.raises(KeyboardInterrupt):
-            run(target)
-        assert_same(before, state(setting))
-    return len(first)
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
@@ -135,7 +82,7 @@ def test_ctrl_c_at_every_line(difference: str) -> None:
     def work() -> None:
         setting.meta_grad(difference=difference, alpha=sk.relative(1e-3))
 
-    assert interrupted_at_every_line(work, PACKAGE, state(setting), setting) > 130
+    assert interrupted_at_every_line(work, lambda: state(setting)) > 130
 
 
 def test_ctrl_c_at_every_line_of_diagnose() -> None:
@@ -149,7 +96,7 @@ def test_ctrl_c_at_every_line_of_diagnose() -> None:
         sk.diagnose(setting.base_loss, setting.meta_loss, **arguments)
 
     files = PACKAGE + r"/(diagnose|ladder|detach_watch)\.py$"
-    assert interrupted_at_every_line(work, files, state(setting), setting) > 100
+    assert interrupted_at_every_line(work, lambda: state(setting), files) > 100
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES)

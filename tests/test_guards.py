@@ -3,88 +3,18 @@
 from __future__ import annotations
 
 import random
-import signal
 import sys
 import threading
-from types import FrameType
-from typing import Any
 
 import numpy
 import pytest
 import torch
-from problems import flat, relative_error, same_bits
+from guarded import BACKENDS, Broken, Explodes, Setting, assert_same, interrupted_at_every_line
+from problems import flat, relative_error
 from torch import Tensor, nn
 
 import sama_kernels as sk
 from sama_experiments.memory import peak_bytes
-
-BACKENDS = ["cpu", "reference"]
-
-
-class Setting:
-    """A net with dropout and BatchNorm, a weight per sample, and everything that could be left changed."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1)).to(
-            dtype
-        )
-        self.weights = torch.rand(32, dtype=dtype, requires_grad=True)
-        self.x, self.y = torch.randn(32, 5, dtype=dtype), torch.randn(32, 1, dtype=dtype)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
-        self.calls = 0
-        for _ in range(3):
-            self.optimizer.zero_grad()
-            self.base_loss().backward()
-            self.optimizer.step()
-        self.weights.grad = None
-
-    def base_loss(self) -> Tensor:
-        self.calls += 1
-        losses = (self.net(self.x) - self.y).square().squeeze(1)
-        return (self.weights * torch.exp(-sk.stop_gradient(losses)) * losses).mean()
-
-    def meta_loss(self) -> Tensor:
-        return (self.net(self.x.flip(0)) - 1).square().mean() + 0 * random.random() * float(numpy.random.rand())
-
-    def meta_grad(self, **options: Any) -> sk.MetaGradient:
-        arguments: dict[str, Any] = {
-            "base_params": self.net,
-            "meta_params": [self.weights],
-            "optimizer": self.optimizer,
-            "alpha": 0.1,
-        }
-        return sk.meta_grad(
-            options.pop("base_loss", self.base_loss),
-            options.pop("meta_loss", self.meta_loss),
-            **{**arguments, **options},
-        )
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "tensors": [t.detach().clone() for t in (*self.net.parameters(), *self.net.buffers(), self.weights)],
-            "identity": [id(t) for t in (*self.net.parameters(), *self.net.buffers())],
-            "grads": [p.grad.clone() for p in self.net.parameters()],  # type: ignore[union-attr]
-            "requires_grad": [p.requires_grad for p in (*self.net.parameters(), self.weights)],
-            "lambda.grad": self.weights.grad,
-            "torch": torch.get_rng_state(),
-            "python": random.getstate(),
-            "numpy": str(numpy.random.get_state()),
-            "handler": signal.getsignal(signal.SIGINT),
-            "grad mode": torch.is_grad_enabled(),
-            "stop_gradient": sk.stop_gradient(torch.ones(1)).tolist(),
-            "hooks": len(nn.modules.module._global_forward_pre_hooks),
-        }
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for key, value in before.items():
-        if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            assert all(same_bits(a, b) for a, b in zip(value, after[key], strict=True)), key
-        elif isinstance(value, Tensor):
-            assert torch.equal(value, after[key]), key
-        else:
-            assert value == after[key], key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -95,10 +25,6 @@ def test_success_leaves_everything_as_it_was(backend: str, dtype: torch.dtype) -
     out = setting.meta_grad(backend=backend)
     assert not out.degenerate and out.grads[0].norm() > 0
     assert_same(before, setting.state())
-
-
-class Broken(Exception):
-    pass
 
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
@@ -135,15 +61,6 @@ def test_an_error_in_a_closure_leaves_everything_as_it_was(backend: str, call: i
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_error_in_backward_leaves_everything_as_it_was(backend: str) -> None:
-    class Explodes(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            raise Broken("in backward")
-
     setting = Setting()
     before = setting.state()
     with pytest.raises(Broken):
@@ -153,40 +70,9 @@ def test_an_error_in_backward_leaves_everything_as_it_was(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_at_every_line_leaves_everything_as_it_was(backend: str) -> None:
-    """A real SIGINT at every line that the library executes (the first and the last time it does): KeyboardInterrupt,
-    and nothing changed."""
     setting = Setting()
     setting.meta_grad(backend=backend)  # the first meta step learns about stop_gradient
-    before = setting.state()
-    executed: list[tuple[str, int]] = []
-
-    def run(interrupt_at: int | None) -> None:
-        del executed[:]
-
-        def trace(frame: FrameType, event: str, _: object) -> Any:
-            if "sama_kernels" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                executed.append((frame.f_code.co_filename, frame.f_lineno))
-                if len(executed) - 1 == interrupt_at:
-                    signal.raise_signal(signal.SIGINT)
-            return trace
-
-        sys.settrace(trace)
-        try:
-            setting.meta_grad(backend=backend)
-        finally:
-            sys.settrace(None)
-
-    run(None)
-    first = {place: i for i, place in reversed(list(enumerate(executed)))}
-    last = {place: i for i, place in enumerate(executed)}
-    targets = sorted({*first.values(), *last.values()})
-    assert len(first) > 150
-    for target in targets:
-        with pytest.raises(KeyboardInterrupt):
-            run(target)
-        assert_same(before, setting.state())
+    assert interrupted_at_every_line(lambda: setting.meta_grad(backend=backend), setting.state) > 150
 
 
 def test_dropout_masks_are_replayed() -> None:

@@ -74,7 +74,7 @@ def plan(
     everything = list(range(len(params)))
     if adaptation == "none":
         return [OpCall(ops.adapt_norm_scale, everything, (), {"scale": 0.0 if skipped else 1.0})]
-    assert optimizer is not None  # checks.problem
+    assert optimizer is not None  # checks.held_by
     family = registry.family_of(type(optimizer))
     if skipped:
         return [OpCall(ops.adapt_norm_scale, everything, (), {"scale": 0.0})]
