@@ -36,7 +36,7 @@ class Exchange:
 
     Arguments:
         base_params, meta_params: theta and lambda of this rank; shapes and dtypes must agree over the ranks.
-        direct: whether the direct gradient is averaged too, which makes v, epsilon and theta+- the same bits everywhere.
+        direct: whether the direct gradient is averaged too, so that v, epsilon, theta+- are the same bits everywhere.
         weight: (of the base batch, of the meta batch) of this rank, for instance their sizes; None: all ranks alike.
         options: further settings that must agree, by argument name.
     Attributes:
