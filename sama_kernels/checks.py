@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sama_kernels.types import Relative
+from sama_kernels.types import Relative, Synchronisation
 
 ADAPTATIONS = ("paper", "exact", "none")
 HOLDS = ("auto", "center")
@@ -218,17 +218,34 @@ def masters(value: Any, base_params: Sequence[Tensor], update_base: bool) -> tup
     return found
 
 
-def synchronisation(sync: str, group: Any) -> None:
-    """Raise where a synchronisation would be needed that this release cannot do."""
+def synchronisation(sync: str, group: Any, weight: Any, bucket_mib: Any, comm_hook: Any) -> Synchronisation | None:
+    """The arguments that concern several processes; None if there is nothing to exchange.
+
+    A group that is given is used even if it has one process only.
+    """
     choice("sync", sync, SYNCS)
+    both = tuple(weight) if isinstance(weight, tuple | list) else (weight, weight)
+    if weight is not None and (len(both) != 2 or not all(_is_weight(x) for x in both)):
+        raise ValueError(f"weight: expected a finite number >= 0, or two (for base_loss and meta_loss), got {weight!r}")
+    mib = positive("bucket_mib", bucket_mib)
+    if comm_hook is not None and not callable(comm_hook):
+        raise TypeError(f"comm_hook: expected a function (group, bucket) -> future, got {comm_hook!r}")
     distributed = torch.distributed
-    if sync == "none" or not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if distributed.get_world_size(group) > 1:
-        raise NotImplementedError(
-            f'sync: {sync!r} over several processes is not supported yet; pass sync="none" and average out.grads'
-            " yourself (torch.distributed.all_reduce)"
-        )
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if group is not None:
+            raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
+        return None
+    if group is not None and group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: this rank is not a member of it; pass a group that contains it")
+    if group is not None and not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"group: expected a process group of torch.distributed, got {type(group).__name__}")
+    if sync == "none" or (group is None and distributed.get_world_size() == 1):
+        return None
+    return Synchronisation(sync, group, None if weight is None else (float(both[0]), float(both[1])), mib, comm_hook)
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and x >= 0 and math.isfinite(x)
 
 
 def scalar_loss(name: str, loss: Any, reads: str) -> None:

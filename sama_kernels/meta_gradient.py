@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
 from sama_kernels import backends, checks, clipping, differences, ops, scaling
+from sama_kernels.distributed import Adapt, CommHook, quiet, ranks_of
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
 from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
@@ -43,6 +44,9 @@ def meta_grad(
     clip_value: float | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     master_params: Iterable[Tensor] | None = None,
+    weight: float | tuple[float, float] | None = None,
+    bucket_mib: float = 25.0,
+    comm_hook: CommHook | None = None,
 ) -> MetaGradient:
     """The SAMA meta gradient dL_meta/dlambda (paper, Eq. 5), from three first-order passes.
 
@@ -66,7 +70,12 @@ def meta_grad(
         adaptation: "paper": D = du/dg without the epsilon term in its numerator, so that cells that were never touched
             count for nothing; "exact": D to the letter; "none": D = I (SAMA-NA).
         update_base: leave theta at theta - epsilon v afterwards (paper, end of section 3.2).
-        sync, group: how several processes agree; only single-process training is supported in this release.
+        sync: what the processes of `group` average (docs/distributed.md). "final": the meta gradient alone, while the
+            last backward pass still runs (paper, section 3.3); theta is perturbed along each rank's own v. "full": d
+            too, while the first one runs, so that v, epsilon and the result are those of one process on the whole
+            batch. "none": nothing. With update_base "final" does the same as "full", as theta has to stay the same on
+            all ranks. Without an initialised process group, or with one process, it has no effect.
+        group: a process group of torch.distributed; None: all ranks.
         backend: "auto", "reference" or "cpu"; an unavailable one is an error, never replaced.
         hold: where `stop_gradient` gets the values at theta: "auto": from the last ordinary call of a `@recorded`
             base_loss, else as with "center": from one more evaluation at theta without a graph.
@@ -91,6 +100,11 @@ def meta_grad(
             overflows here, the result is zeros with `degenerate` True.
         master_params: the float32 copies that the optimizer steps in place of the bfloat16 or float16 base_params,
             one for each that requires grad, in their order; D comes from their state and `.grad`.
+        weight: what this rank's losses count for in the averages, for instance the size of its batch; or two numbers,
+            for base_loss and meta_loss. None: the same on all ranks.
+        bucket_mib: gradients are sent in buckets of this size, in MiB.
+        comm_hook: sends a bucket in place of all_reduce: a communication hook (group, bucket) -> future of the average,
+            such as torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_hook.
     Returns:
         `MetaGradient`. If ||v|| is zero, tiny or not finite (at Adam's first step D is 0 by nature), `degenerate` is
         True and nothing was moved.
@@ -99,7 +113,7 @@ def meta_grad(
     Afterwards, also after an error or Ctrl-C, parameters (unless update_base), `.grad`, buffers and the states of the
     random number generators are what they were, bit for bit. Extra memory: one buffer of theta's size.
     """
-    checks.synchronisation(sync, group)
+    synchronisation = checks.synchronisation(sync, group, weight, bucket_mib, comm_hook)
     checks.choice("adaptation", adaptation, checks.ADAPTATIONS)
     checks.choice("hold", hold, checks.HOLDS)
     checks.choice("rounding", rounding, checks.ROUNDINGS)
@@ -139,6 +153,8 @@ def meta_grad(
         loss_scale=loss_scale,
         skipped=scaling.step_skipped(optimizer, stepped, loss_scale is not None, name),
         master_params=masters,
+        synchronisation=synchronisation,
+        reached=tuple(reach.modules),
     )
     return _sama(problem)
 
@@ -189,45 +205,46 @@ def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
 
 def _sama(problem: Problem) -> MetaGradient:
     """SAMA in five steps."""
-    backend = problem.backend
-    plan = adaptations.plan(
-        problem.optimizer, problem.step_params, problem.adaptation,
-        name=problem.step_params_name, skipped=problem.skipped is True,
-    )  # fmt: skip
-    clipped = clipping.gradients(problem)
     with (
         Interrupts() as interrupts,
         torch.no_grad(),
         RngState({p.device for p in problem.base_params}) as rng,
         buffer_guard(problem) as buffers,
+        ranks_of(problem) as ranks,
+        quiet(problem.reached),
     ):
+        ranks.adapt = _adaptation(problem)
         # 1. The direct gradient d.
-        meta_loss, v, explicit = direct_gradient(problem, interrupts)
+        meta = direct_gradient(problem, ranks, interrupts)
         # 2. v = D d, in the memory of d.
-        norm_sqs = clipping.apply(problem, clipped, v, adaptations.apply(plan, v, backend))
+        v, norm_sqs = ranks.adapted(meta.d, problem.base_params)
         # 3. epsilon = alpha / ||v||, on the device.
         size = scaling.step_size(problem, norm_sqs)
-        # 4. dL_base/dlambda on both sides of theta, of the same function (or its derivative along v, if "exact").
         moving = [p for p, x in zip(problem.base_params, v, strict=True) if x is not None]
         directions = [x for x in v if x is not None]
         v.clear()  # "exact" replaces these tensors one by one
-        with frozen(problem.base_params), Perturbation(moving, directions, backend) as theta:
-            sides = differences.evaluate(problem, theta, size, buffers, rng, interrupts)
-        # 5. Their difference quotient.
-        realised, alignment = _realised(sides.step, size.epsilon * size.norm)
-        size = scaling.without_overflow(sides.size, sides.overflow)
-        grads = _difference(problem, sides.plus, sides.minus, scaling.unscaled(problem, explicit), size)
+        with frozen(problem.base_params), Perturbation(moving, directions, problem.backend) as theta:
+            # 4. dL_base/dlambda on both sides of theta, of the same function (or its derivative along v, if "exact"),
+            # 5. and their difference quotient.
+            out = differences.evaluate(problem, theta, size, meta, ranks, buffers, rng, interrupts)
+    realised, alignment = _realised(out.step, size.epsilon * size.norm)
     return MetaGradient(
-        grads,
-        meta_loss,
-        sides.loss_plus,
-        sides.loss_minus,
-        size.norm,
-        size.epsilon,
-        size.degenerate,
-        realised,
-        alignment,
+        out.grads, *out.losses, out.size.norm, out.size.epsilon, out.size.degenerate, realised, alignment
     )
+
+
+def _adaptation(problem: Problem) -> Adapt:
+    """What turns d into v = D d."""
+    plan = adaptations.plan(
+        problem.optimizer, problem.step_params, problem.adaptation,
+        name=problem.step_params_name, skipped=problem.skipped is True,
+    )  # fmt: skip
+    clipped = clipping.gradients(problem)
+
+    def adapt(v: list[Tensor | None]) -> list[Tensor]:
+        return clipping.apply(problem, clipped, v, adaptations.apply(plan, v, problem.backend))
+
+    return adapt
 
 
 def _realised(step: Tensor | None, length: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -236,27 +253,3 @@ def _realised(step: Tensor | None, length: Tensor) -> tuple[Tensor | None, Tenso
         return None, None
     along, square = step
     return along / length.square(), along / (length * square.sqrt())
-
-
-def _difference(
-    problem: Problem,
-    plus: list[Tensor | None],
-    minus: list[Tensor | None],
-    explicit: list[Tensor | None],
-    size: scaling.StepSize,
-) -> tuple[Tensor, ...]:
-    """-(plus - minus) / (2 epsilon) + explicit, in the memory of `plus`; a gradient that is None counts as zeros.
-
-    The arithmetic is in float32, or float64 for float64 gradients, whatever the dtype of lambda.
-    """
-    results = [torch.zeros_like(p) if g is None else g for p, g in zip(problem.meta_params, plus, strict=True)]
-    others = [torch.zeros_like(p) if g is None else g for p, g in zip(problem.meta_params, minus, strict=True)]
-    for has_explicit in (False, True):
-        rows = [i for i, g in enumerate(explicit) if (g is not None) == has_explicit]
-        if rows:
-            terms = [g for g in explicit if g is not None] if has_explicit else []
-            ops.central_difference(
-                [results[i] for i in rows], [others[i] for i in rows], terms, size.quotient, size.explicit,
-                backend=problem.backend,
-            )  # fmt: skip
-    return tuple(g.to(p.dtype) for p, g in zip(problem.meta_params, results, strict=True))

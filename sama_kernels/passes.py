@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -13,35 +14,45 @@ from sama_kernels import checks, detach_watch, ops
 from sama_kernels import held_values as holding
 from sama_kernels.backends.reference import bits
 from sama_kernels.buffers import BufferGuard
+from sama_kernels.distributed import Alone
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.ownership import own
 from sama_kernels.replayed_masks import ReplayedMasks
 from sama_kernels.types import Closure, Problem
 
 
-def direct_gradient(
-    problem: Problem, interrupts: Interrupts
-) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-    """Pass 1: L_meta(theta), d = dL_meta/dtheta and the explicit dL_meta/dlambda; None where the loss does not read.
+@dataclass
+class MetaPass:
+    """Pass 1. The gradients are those of `Problem.scaled`, as autograd returned them.
 
-    The gradients are those of `problem.scaled`.
-    `.grad` is not touched, and every d is in memory of its own, so that v can take its place.
+    Attributes:
+        loss: L_meta(theta), 0-dim.
+        d: dL_meta/dtheta, one per base parameter; None where the loss does not read it.
+        explicit: dL_meta/dlambda, likewise.
     """
+
+    loss: Tensor
+    d: list[Tensor | None]
+    explicit: list[Tensor | None]
+
+
+def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> MetaPass:
+    """Pass 1; `.grad` is not touched."""
     n = len(problem.base_params)
     with torch.enable_grad(), interrupts.allowed():
         loss = problem.meta_loss()
         checks.scalar_loss("meta_loss", loss, "base_params")
         inputs = (*problem.base_params, *problem.meta_params)
-        grads = torch.autograd.grad(problem.scaled(loss), inputs, allow_unused=True)
+        with ranks.meta_backward(problem.base_params):
+            grads = torch.autograd.grad(problem.scaled(loss), inputs, allow_unused=True)
         checks.whole_graph("meta_loss", loss, grads[:n])
         loss = loss.detach().reshape(())
     d: list[Tensor | None] = list(grads[:n])
     explicit: list[Tensor | None] = list(grads[n:])
-    del grads  # `own` wants the only reference
     if all(g is None for g in d):
         raise ValueError("meta_loss: it does not read any base parameter; compute it with base_params")
     checks.dense("base_params", d)
-    return loss, own(d, problem.base_params), explicit
+    return MetaPass(loss, d, explicit)
 
 
 def buffer_guard(problem: Problem) -> BufferGuard:
@@ -122,7 +133,10 @@ class PerturbedPasses:
     untaped: Callable[[Tensor], Tensor] = staticmethod(holding.refuse)
     """What `stop_gradient` does in a pass without a tape."""
 
-    def __init__(self, problem: Problem, buffers: BufferGuard, rng: RngState, interrupts: Interrupts) -> None:
+    def __init__(
+        self, problem: Problem, ranks: Alone, buffers: BufferGuard, rng: RngState, interrupts: Interrupts
+    ) -> None:
+        self._ranks = ranks
         self._losses = problem.base_losses
         self._scaled = problem.scaled
         self._compiled = problem.compiled
@@ -161,9 +175,9 @@ class PerturbedPasses:
         return result
 
     def at_other_side(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Pass 3: at theta-, or in a forward difference at theta+."""
+        """Pass 3: at theta-, or in a forward difference at theta+; other ranks get its gradients as they appear."""
         with self._masks.used() if self._masks else nullcontext():
-            return self._run()
+            return self._run(sent=True)
 
     def _run_keeping_masks(self, record: list[holding.Tape] | None = None) -> tuple[Tensor, list[Tensor | None]]:
         with self._masks.kept() if self._masks else nullcontext():
@@ -183,14 +197,21 @@ class PerturbedPasses:
         self._tapes = tapes
         theta.toggle()
 
-    def _run(self, record: list[holding.Tape] | None = None) -> tuple[Tensor, list[Tensor | None]]:
+    def _run(
+        self, record: list[holding.Tape] | None = None, *, sent: bool = False
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """One pass over all microbatches; held values are replayed, or written to `record`."""
         self._rewind_randomness()
         total: Tensor | None = None
         sums: list[Tensor | None] = [None] * len(self._meta_params)
         for i in range(len(self._losses)):
-            loss, grads = self._evaluate(i, None if record is None else record[i].record)
+            last = sent and i == len(self._losses) - 1
+            backward = self._ranks.last_backward(self._meta_params, sums) if last else nullcontext()
+            loss, grads = self._evaluate(i, None if record is None else record[i].record, backward)
             total = loss if total is None else total + loss
+            if last and self._ranks.taken is not None:
+                sums = self._ranks.taken
+                break
             own_grads = own(grads, self._meta_params)
             if len(self._losses) > 1:  # bfloat16 and float16 gradients are added, and later differenced, in float32
                 own_grads = [g.float() if g is not None and g.element_size() == 2 else g for g in own_grads]
@@ -200,15 +221,17 @@ class PerturbedPasses:
         assert total is not None
         return total, sums
 
-    def _evaluate(self, i: int, record: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, list[Tensor | None]]:
-        """One microbatch: the loss and its gradient with respect to lambda (`differentiate`)."""
+    def _evaluate(
+        self, i: int, record: Callable[[Tensor], Tensor] | None, backward: AbstractContextManager[object]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """One microbatch: the loss and, within `backward`, its gradient with respect to lambda (`differentiate`)."""
         closure = self._losses[i]
         watch = self.watch(closure)
         loss = self._loss(i, watch or nullcontext(), record)
         checks.scalar_loss("base_loss", loss, "meta_params")
         if watch is not None:
             watch.report(closure)
-        with self._interrupts.allowed():
+        with self._interrupts.allowed(), backward:
             grads = self.differentiate(self._scaled(loss))
             checks.whole_graph("base_loss", loss, grads)
         checks.dense("meta_params", grads)

@@ -122,30 +122,28 @@ def step_size(problem: Problem, norm_sqs: Sequence[Tensor]) -> StepSize:
         return size
     flag = problem.skipped if isinstance(problem.skipped, Tensor) else torch.ones_like(norm)
     skipped = flag.to(norm.device) != 0
-    return _without(replace(size, norm=torch.where(skipped, 0.0, norm)), skipped)
+    return without(replace(size, norm=torch.where(skipped, 0.0, norm)), skipped)
 
 
-def overflow(problem: Problem, plus: Sequence[Tensor | None], minus: Sequence[Tensor | None]) -> Tensor | None:
-    """Whether the scaled gradients of the perturbed passes overflowed; None without a scale."""
+def overflow(problem: Problem, grads: Sequence[Tensor]) -> Tensor | None:
+    """Whether scaled gradients overflowed, of which these meta gradients are made; None without a scale."""
     if problem.loss_scale is None:
         return None
-    return ~torch.stack([g.isfinite().all() for g in (*plus, *minus) if g is not None]).all()
+    return ~torch.stack([g.isfinite().all() for g in grads]).all()
 
 
-def without_overflow(size: StepSize, overflowed: Tensor | None) -> StepSize:
-    """`size`, but degenerate where the passes overflowed."""
-    return size if overflowed is None else _without(size, overflowed)
+def explicit_terms(problem: Problem, grads: Sequence[Tensor | None], share: float | Tensor) -> list[Tensor]:
+    """The explicit gradients of the scaled meta loss that are there, times `share` and without the scale; 16-bit ones
+    then as float32, so that they do not underflow again."""
+    scale, found = problem.loss_scale, [g for g in grads if g is not None]
+    if scale is None and isinstance(share, float) and share == 1.0:
+        return found
+    factor = share if scale is None else share / scale
+    return [(g.float() if g.element_size() == 2 else g) * factor for g in found]
 
 
-def unscaled(problem: Problem, grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of a scaled loss divided by the scale, 16-bit ones as float32 so that they do not underflow again."""
-    scale = problem.loss_scale
-    if scale is None:
-        return grads
-    return [g if g is None else (g.float() if g.element_size() == 2 else g) / scale for g in grads]
-
-
-def _without(size: StepSize, bad: Tensor) -> StepSize:
+def without(size: StepSize, bad: Tensor) -> StepSize:
+    """`size`, but degenerate where `bad`."""
     zeroed = {name: torch.where(bad, 0.0, getattr(size, name)) for name in ("epsilon", "along", "quotient")}
     return replace(
         size, degenerate=size.degenerate | bad, explicit=torch.where(bad, torch.nan, size.explicit), **zeroed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,22 @@ class Clipping:
 
 
 @dataclass(frozen=True)
+class Synchronisation:
+    """How several processes make one meta step: the arguments of `meta_grad`.
+
+    Attributes:
+        sync: "final" or "full".
+        weight: of this rank's base and meta loss; None: the same on all ranks.
+    """
+
+    sync: str
+    group: Any
+    weight: tuple[float, float] | None
+    bucket_mib: float
+    comm_hook: Any
+
+
+@dataclass(frozen=True)
 class Problem:
     """The checked arguments of one meta step.
 
@@ -118,6 +135,10 @@ class Problem:
     skipped: bool | Tensor = False
     """Whether the base step was skipped; a tensor (not 0: skipped) if the host does not know."""
     master_params: tuple[Tensor, ...] | None = None
+    synchronisation: Synchronisation | None = None
+    """None: this process is alone."""
+    reached: tuple[torch.nn.Module, ...] = ()
+    """All modules that were found, those that only the closures know too."""
 
     @property
     def step_params(self) -> tuple[Tensor, ...]:

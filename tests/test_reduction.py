@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sama_kernels.distributed import reduction
 from sama_kernels.distributed.agreement import agree
-from sama_kernels.distributed.buckets import MIB, divide
+from sama_kernels.distributed.buckets import MIB, Bucket, divide
 from sama_kernels.distributed.reduction import OverlappedReduction
 
 SHAPES: list[tuple[int, ...]] = [(3, 4), (), (7,), (0,), (5, 1, 2), (31,)]
@@ -54,7 +54,7 @@ def test_every_tensor_has_its_place(mib: float) -> None:
 def _sum_in_any_order(rank: int, world: int, mib: float) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(rank)
     grads = tensors()
-    reduce = OverlappedReduction(grads, None, mib)
+    reduce = OverlappedReduction(grads, None, mib, prepare=Bucket.zero_missing)
     order = torch.randperm(len(grads)).tolist()  # another one on every rank
     for row in order[: len(order) - rank % 2]:  # an odd rank never gets its last gradient
         reduce.view(row).copy_(grads[row])
@@ -108,9 +108,14 @@ def test_buckets_are_sent_when_complete_and_read_only_after_their_event(monkeypa
     monkeypatch.setattr(reduction.dist, "all_reduce", collective.all_reduce)
     torch.manual_seed(0)
     grads = [torch.randn(10) for _ in range(5)]
+
+    def prepare(bucket: Bucket) -> None:
+        bucket.zero_missing()
+        collective.log.append(f"prepare {bucket.rows}")
+
     reduce = OverlappedReduction(
         grads, None, 80 / MIB,  # two to a bucket: rows [4, 3], [2, 1], [0]
-        prepare=lambda b: collective.log.append(f"prepare {b.rows}"),
+        prepare=prepare,
         arrived=lambda b: collective.log.append(f"arrived {b.rows} {bool(b.flat.isfinite().all())}"),
     )  # fmt: skip
     for row in (2, 1):  # complete, but not the next in line: the other ranks may have another order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,31 +55,90 @@ def _short(value: Any, other: Any) -> str:
     return repr(value)
 
 
-class Status:
-    """How a meta step went on each rank; summed over the ranks at its end, in one small collective.
+@dataclass(frozen=True)
+class Verdict:
+    """How a meta step went on all ranks; tensors are 0-dim.
 
-    Every rank takes part, also one whose closure raised, so that none waits for ever.
+    Attributes:
+        losses: the averages of the losses that the ranks reported.
+        degenerate: bool: no rank has a derivative.
+        bad: bool: the sums are not to be used, as a rank failed, or has a loss or a norm that is not finite.
     """
 
+    losses: list[Tensor]
+    degenerate: Tensor
+    bad: Tensor
+
+
+class Status:
+    """One small all-reduce at the end of a meta step, in which every rank takes part, also one whose closure raised,
+    so that none waits for ever."""
+
+    FAILED, DEGENERATE, NOT_FINITE = range(3)
+
     def __init__(self, group: Any, device: torch.device) -> None:
-        self._group = group
-        self._rank = dist.get_rank(group)
-        world = dist.get_world_size(group)
-        # failed[rank], degenerate[rank], not_finite[rank]
-        self._flags = torch.zeros((3, world), dtype=torch.float32, device=device)
+        self._group, self._device = group, device
+        self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
         self.reported = False
 
-    def report(self, *, failed: bool = False, degenerate: Tensor | bool = False, finite: Tensor | bool = True) -> None:
-        """Say how it went here, and learn how it went elsewhere."""
+    def report_failure(self) -> None:
+        """This rank's closure raised."""
+        flags = self._blank()
+        flags[self.FAILED, self._rank] = 1
+        self._sum(torch.cat([flags.flatten(), flags.new_zeros(3)]))
+
+    def report(self, losses: Sequence[Tensor], degenerate: Tensor, finite: Tensor) -> Verdict:
+        """Say how it went here, and learn how it went elsewhere.
+
+        Arguments:
+            losses: three, 0-dim, already multiplied with this rank's shares.
+        Raises:
+            RuntimeError: a rank failed, here or, on an accelerator, at one of the next meta steps: asking would make
+                the host wait. Until then `bad` says so.
+        """
+        flags = self._blank()
+        flags[self.DEGENERATE, self._rank], flags[self.NOT_FINITE, self._rank] = degenerate, ~finite
+        everything = torch.cat([flags.flatten(), *(x.reshape(1).double() for x in losses)])
+        self._sum(everything)
+        flags, sums = everything[:-3].view(3, self._world), everything[-3:]
+        if self._device.type == "cpu":
+            raise_if_failed(flags[self.FAILED])
+        else:
+            ask_later(flags[self.FAILED])
+        failed, degenerate_ranks, not_finite = (flags > 0).unbind()
+        return Verdict(list(sums.unbind()), degenerate_ranks.all(), failed.any() | not_finite.any())
+
+    def _blank(self) -> Tensor:
+        return torch.zeros((3, self._world), dtype=torch.float64, device=self._device)
+
+    def _sum(self, values: Tensor) -> None:
         self.reported = True
-        mine = self._flags[:, self._rank]
-        mine[0], mine[1], mine[2] = float(failed), degenerate, ~torch.as_tensor(finite)
-        dist.all_reduce(self._flags, group=self._group)
+        dist.all_reduce(values, group=self._group)
 
-    def degenerate(self) -> Tensor:
-        """0-dim bool: no rank has a meta gradient, or the norm of one is not finite. Read on the device."""
-        return (self._flags[1] > 0).all() | (self._flags[2] > 0).any()
 
-    def failed_ranks(self) -> list[int]:
-        """Ranks on which a closure raised. Copies to the host."""
-        return [rank for rank, flag in enumerate(self._flags[0].tolist()) if flag]
+_asked: list[tuple[Tensor, torch.cuda.Event]] = []
+
+
+def ask_later(failed: Tensor) -> None:
+    """Begin to copy the flags to the host; `learn_of_failures` looks at them once they are there."""
+    copy = torch.empty(failed.shape, dtype=failed.dtype, pin_memory=True)
+    copy.copy_(failed, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    _asked.append((copy, event))
+
+
+def learn_of_failures() -> None:
+    """Raise if an earlier meta step failed on a rank and the word has arrived; does not wait for it."""
+    while _asked and _asked[0][1].query():  # type: ignore[no-untyped-call]
+        raise_if_failed(_asked.pop(0)[0])
+
+
+def raise_if_failed(failed: Tensor) -> None:
+    """`failed`: not 0 for the ranks that did, on the host."""
+    ranks = [str(rank) for rank, flag in enumerate(failed.tolist()) if flag]
+    if ranks:
+        raise RuntimeError(
+            f"base_loss, meta_loss: the meta step failed on rank {', '.join(ranks)}, whose own error says why; on this"
+            " rank nothing was changed"
+        )

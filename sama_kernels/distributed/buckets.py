@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,9 +10,10 @@ from torch import Tensor
 MIB = 2**20
 
 
-@dataclass
 class Bucket:
     """Some tensors of one dtype in one piece of memory.
+
+    It has the methods of `torch.distributed.GradBucket` that communication hooks use.
 
     Attributes:
         rows: their positions in the list that was divided.
@@ -22,14 +22,45 @@ class Bucket:
         missing: rows whose gradient has not come yet.
     """
 
-    rows: list[int]
-    flat: Tensor
-    views: list[Tensor]
-    missing: set[int] = field(default_factory=set)
+    def __init__(self, rows: list[int], like: Sequence[Tensor], index: int, count: int) -> None:
+        sizes = [like[row].numel() for row in rows]
+        first = like[rows[0]]
+        self.rows = rows
+        self.flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        parts = torch.split(self.flat, sizes)
+        self.views = [part.view(like[row].shape) for row, part in zip(rows, parts, strict=True)]
+        self.missing = set(rows)
+        self._index, self._last = index, index == count - 1
+
+    def zero_missing(self) -> None:
+        """Gradients that did not come count as zeros."""
+        for row, view in zip(self.rows, self.views, strict=True):
+            if row in self.missing:
+                view.zero_()
+
+    def buffer(self) -> Tensor:
+        """`flat`."""
+        return self.flat
+
+    def set_buffer(self, flat: Tensor) -> None:
+        """Overwrite `flat`."""
+        self.flat.copy_(flat)
+
+    def gradients(self) -> list[Tensor]:
+        """`views`."""
+        return self.views
+
+    def index(self) -> int:
+        """The position in the order in which buckets are sent."""
+        return self._index
+
+    def is_last(self) -> bool:
+        """Whether it is sent last."""
+        return self._last
 
 
 def divide(like: Sequence[Tensor], mib: float) -> list[Bucket]:
-    """Buckets for gradients of `like`, zero-filled, each of one dtype and up to `mib` MiB (or one tensor).
+    """Buckets for gradients of `like`, not initialised, each of one dtype and up to `mib` MiB (or one tensor).
 
     In reverse order: the backward pass reaches the last parameters first. The order depends on shapes and dtypes alone,
     so that all ranks agree on it.
@@ -45,12 +76,4 @@ def divide(like: Sequence[Tensor], mib: float) -> list[Bucket]:
             runs.append(open_run[dtype])
         open_run[dtype].append(row)
         room[dtype] -= size
-    return [_bucket(rows, like) for rows in runs]
-
-
-def _bucket(rows: list[int], like: Sequence[Tensor]) -> Bucket:
-    sizes = [like[row].numel() for row in rows]
-    first = like[rows[0]]
-    flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-    views = [part.view(like[row].shape) for row, part in zip(rows, torch.split(flat, sizes), strict=True)]
-    return Bucket(rows, flat, views, set(rows))
+    return [Bucket(rows, like, index, len(runs)) for index, rows in enumerate(runs)]

@@ -1,6 +1,6 @@
 """What the ranks exchange in one meta step: a fixed sequence of collectives, the same on every rank.
 
-    the sum of the weights, if there are any
+    the sums of the weights, if there are any
     the direct gradient d, where v has to be the same everywhere
     the meta gradient
     the status
@@ -12,7 +12,7 @@ others then raise as well, instead of waiting for it for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -20,130 +20,189 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sama_kernels.distributed.agreement import Status, agree, describe
+from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failures
 from sama_kernels.distributed.buckets import Bucket
 from sama_kernels.distributed.reduction import OverlappedReduction
+from sama_kernels.ownership import own
+from sama_kernels.types import Problem, Synchronisation
 
-BUCKET_MIB = 25.0
-"""As in DistributedDataParallel."""
+Adapt = Callable[[list[Tensor | None]], list[Tensor]]
+"""v <- D d in place, for the entries that are there; returns the parts of ||v||^2."""
+Form = Callable[[Sequence[int], list[Tensor | None], Sequence[Tensor | None]], list[Tensor]]
+"""(rows, first, last): this rank's meta gradient of these rows, in the memory of `first` where that is there."""
 
-Difference = Callable[[list[int], list[Tensor]], None]
-"""(rows, memory): turns the gradients of pass 2 that lie in `memory` into this rank's meta gradient of these rows."""
 
+class Alone:
+    """One process, which has nothing to exchange.
 
-class Exchange:
-    """One meta step's exchange over the ranks of `group`. A context manager: leaving it with an error tells the others.
-
-    Arguments:
-        base_params, meta_params: theta and lambda of this rank; shapes and dtypes must agree over the ranks.
-        direct: whether the direct gradient is averaged too, so that v, epsilon, theta+- are the same bits everywhere.
-        weight: (of the base batch, of the meta batch) of this rank, for instance their sizes; None: all ranks alike.
-        options: further settings that must agree, by argument name.
     Attributes:
-        shares: this rank's parts of the averages over (base, meta) batches, float64, shape (2,).
+        adapt: set before the passes: what turns d into v.
+        base_share, meta_share: what this rank's losses over the base and the meta batch count for in the sums.
+        taken: the gradients of the last pass, summed over microbatches; None if they are left to the caller.
     """
 
-    def __init__(
-        self,
-        group: Any,
-        base_params: Sequence[Tensor],
-        meta_params: Sequence[Tensor],
-        *,
-        direct: bool,
-        weight: tuple[float, float] | None = None,
-        options: dict[str, Any] | None = None,
-        mib: float = BUCKET_MIB,
-    ) -> None:
-        agree(
-            group,
-            {
-                "base_params": describe(base_params),
-                "meta_params": describe(meta_params),
-                "sync": direct,
-                "weight": weight is not None,
-                **(options or {}),
-            },
-        )
-        device = base_params[0].device
-        self.shares = _shares(weight, group, device)
-        self._status = Status(group, device)
-        self._direct = OverlappedReduction(base_params, group, mib) if direct else None
-        self._final = OverlappedReduction(meta_params, group, mib, prepare=self._subtract)
-        self._difference: Difference | None = None
+    adapt: Adapt
+    base_share: float | Tensor = 1.0
+    meta_share: float | Tensor = 1.0
+    taken: list[Tensor | None] | None = None
 
-    # The direct gradient.
+    def __init__(self) -> None:
+        self._first: Sequence[Tensor | None] = ()
+        self._form: Form | None = None
+
+    def meta_backward(self, params: Sequence[Tensor]) -> AbstractContextManager[object]:
+        """Around the backward pass of the meta loss."""
+        return nullcontext()
+
+    def adapted(self, d: list[Tensor | None], params: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+        """v = D d, in memory that is nobody else's, and the parts of ||v||^2; `d` as autograd returned it."""
+        v = own(d, params)
+        return v, self.adapt(v)
+
+    def begin_last_pass(self, first: Sequence[Tensor | None], form: Form) -> None:
+        """Before the last pass: the gradients of the pass before it, and what makes a meta gradient of both."""
+        self._first, self._form = first, form
+
+    def last_backward(
+        self, params: Sequence[Tensor], before: Sequence[Tensor | None]
+    ) -> AbstractContextManager[object]:
+        """Around the backward pass of the last microbatch, `before` being the sums over the others."""
+        return nullcontext()
+
+    def meta_gradient(self, last: Sequence[Tensor | None]) -> list[Tensor]:
+        """The meta gradient, made of the gradients of the last pass."""
+        assert self._form is not None
+        return self._form(range(len(last)), list(self._first), last)
+
+    def conclude(self, losses: Sequence[Tensor], degenerate: Tensor, norm: Tensor) -> Verdict | None:
+        """How the step went elsewhere; None if there is nobody else."""
+        return None
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class Exchange(Alone):
+    """One meta step's exchange over the ranks of `group`. Leaving its block with an error tells the others.
+
+    With `sync="full"`, or where theta is updated, d is averaged too, so that v, epsilon and theta+- are the same bits
+    everywhere; its buckets are adapted as they arrive.
+    """
+
+    def __init__(self, problem: Problem, how: Synchronisation) -> None:
+        super().__init__()
+        learn_of_failures()
+        direct = how.sync == "full" or problem.update_base
+        _agree(problem, how)
+        base_params, meta_params, group = problem.base_params, problem.meta_params, how.group
+        world = dist.get_world_size(group)
+        self.base_share, self.meta_share = _shares(how.weight, world, group, base_params[0].device)
+        self._times = world if how.comm_hook is not None else 1  # such a hook divides by it
+        self._v: list[Tensor | None] = [None] * len(base_params)
+        self._norm_sqs: list[Tensor] = []
+        self._at_once = problem.clipping.rank_one
+        self._direct = (
+            OverlappedReduction(
+                base_params,
+                group,
+                how.bucket_mib,
+                prepare=Bucket.zero_missing,
+                arrived=self._adapt_bucket,
+                comm_hook=how.comm_hook,
+            )
+            if direct
+            else None
+        )
+        # 16-bit gradients are differenced and averaged in float32.
+        like = [torch.empty_like(p, dtype=torch.float32) if p.element_size() == 2 else p for p in meta_params]
+        self._meta = OverlappedReduction(
+            like, group, how.bucket_mib, prepare=self._form_bucket, comm_hook=how.comm_hook
+        )
+        self._status = Status(group, base_params[0].device)
 
     @contextmanager
-    def direct_gradient(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """Around the backward pass of the meta loss: gradients of `params` are averaged over the ranks as they appear.
-
-        The gradients that autograd returns are then the averages, in the memory of the buckets, once `await_direct` has
-        been called.
-        """
+    def meta_backward(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """d is averaged over the ranks as it appears; autograd then returns memory of the buckets."""
         reduction = self._direct
         if reduction is None:
             yield
             return
 
-        def into_bucket(row: int) -> Callable[[Tensor], Tensor]:
+        def send(row: int) -> Callable[[Tensor], Tensor]:
             def hook(grad: Tensor) -> Tensor:
+                if grad.layout != torch.strided:
+                    return grad  # `checks.dense` refuses it
                 view = reduction.view(row)
-                torch.mul(grad, self.shares[1], out=view)
+                torch.mul(grad.detach(), self.meta_share * self._times, out=view)
                 reduction.ready(row)
                 return view
-
-            return hook
-
-        with _hooks(params, into_bucket):
-            yield
-
-    def await_direct(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        """The averaged direct gradient, one tensor per base parameter; `grads` without `direct`."""
-        if self._direct is None:
-            return grads
-        self._direct.wait()
-        return list(self._direct.views())
-
-    # The meta gradient.
-
-    def begin_final(self, plus: Sequence[Tensor | None], difference: Difference) -> None:
-        """Before pass 3: the gradients of pass 2 go into the buckets."""
-        for row, grad in enumerate(plus):
-            if grad is not None:
-                self._final.view(row).copy_(grad)
-        self._difference = difference
-
-    @contextmanager
-    def final_gradient(self, params: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Around the last backward pass of pass 3: `take(row, grad)` gets each gradient as it appears; when a bucket is
-        complete, its difference is formed and sent while the backward pass goes on."""
-
-        def send(row: int) -> Callable[[Tensor], None]:
-            def hook(grad: Tensor) -> None:
-                take(row, grad)
-                self._final.ready(row)
 
             return hook
 
         with _hooks(params, send):
             yield
 
-    def await_final(self, degenerate: Tensor, finite: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The averaged meta gradient and whether it is degenerate, which is the same on all ranks.
+    def adapted(self, d: list[Tensor | None], params: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+        """v of the averaged d, in the memory of the buckets, or of this rank's d."""
+        if self._direct is None:
+            return super().adapted(d, params)
+        self._direct.wait()
+        if self._at_once:
+            v: list[Tensor | None] = [*self._direct.views()]
+            return v, self.adapt(v)
+        return self._v, self._norm_sqs
 
+    def begin_last_pass(self, first: Sequence[Tensor | None], form: Form) -> None:
+        """The gradients of the pass before the last one go into the buckets."""
+        for row, grad in enumerate(first):
+            view = self._meta.view(row)
+            if grad is None:
+                view.zero_()
+            else:
+                view.copy_(grad)
+        self._form = form
+
+    @contextmanager
+    def last_backward(self, params: Sequence[Tensor], before: Sequence[Tensor | None]) -> Iterator[None]:
+        """Each gradient is taken as it appears; when a bucket is complete its meta gradient is formed and sent."""
+
+        def send(row: int) -> Callable[[Tensor], None]:
+            def hook(grad: Tensor) -> None:
+                earlier = before[row]
+                grad = grad.detach()
+                grad = grad.float() if grad.element_size() == 2 else grad
+                taken[row] = grad if earlier is None else earlier + grad
+                self._meta.ready(row)
+
+            return hook
+
+        self.taken = taken = list(before)
+        with _hooks(params, send):
+            yield
+
+    def meta_gradient(self, last: Sequence[Tensor | None]) -> list[Tensor]:
+        """The averages over the ranks."""
+        self.taken = list(last)
+        self._meta.wait()
+        return self._meta.views()
+
+    def conclude(self, losses: Sequence[Tensor], degenerate: Tensor, norm: Tensor) -> Verdict | None:
+        """The losses, averaged, and what other ranks report.
+
+        Arguments:
+            losses: of the meta batch, and two of the base batch; this rank's.
         Raises:
-            RuntimeError: on every rank, if a closure raised on one.
+            RuntimeError: a closure raised on another rank (`Status.report`).
         """
-        self._final.wait()
-        self._status.report(degenerate=degenerate, finite=finite)
-        failed = self._status.failed_ranks()
-        if failed:
-            raise RuntimeError(
-                f"sync: the meta step failed on rank {', '.join(map(str, failed))}; see the error there. The parameters"
-                " of this rank are what they were"
-            )
-        degenerate = self._status.degenerate()
-        return self._final.views(), degenerate
+        shares = (self.meta_share, self.base_share, self.base_share)
+        finite = torch.stack([*(x.double() for x in losses), norm.double()]).isfinite().all()
+        shared = [x.double() * share for x, share in zip(losses, shares, strict=True)]
+        return self._status.report(shared, degenerate, finite)
 
     def __enter__(self) -> Exchange:
         return self
@@ -151,27 +210,67 @@ class Exchange:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not self._status.reported:
-            self._difference = None
-            if self._direct is not None:
-                self._direct.wait()
-            self._final.wait()
-            self._status.report(failed=True)
+        broken = self._meta.broken or (self._direct is not None and self._direct.broken)
+        if not isinstance(error, Exception) or self._status.reported or broken:
+            return
+        self._form = None
+        self._at_once = True
+        if self._direct is not None:
+            self._direct.wait()
+        self._meta.wait()
+        self._status.report_failure()
 
-    def _subtract(self, bucket: Bucket) -> None:
-        if self._difference is not None:
-            self._difference(bucket.rows, bucket.views)
-            bucket.flat.mul_(self.shares[0])
+    def _adapt_bucket(self, bucket: Bucket) -> None:
+        """v = D d of one bucket, as soon as its sum is there."""
+        if self._at_once:
+            return
+        part: list[Tensor | None] = [None] * len(self._v)
+        for row, view in zip(bucket.rows, bucket.views, strict=True):
+            part[row] = view
+        self._norm_sqs += self.adapt(part)
+        for row in bucket.rows:
+            self._v[row] = part[row]
+
+    def _form_bucket(self, bucket: Bucket) -> None:
+        """This rank's addend of the meta gradient, as soon as the last pass has all of the bucket."""
+        if self._form is None or self.taken is None:  # this rank has failed
+            bucket.flat.zero_()
+            return
+        self._form(bucket.rows, [*bucket.views], [self.taken[row] for row in bucket.rows])
+        if self._times != 1:
+            bucket.flat.mul_(self._times)
 
 
-def _shares(weight: tuple[float, float] | None, group: Any, device: torch.device) -> Tensor:
-    """This rank's parts of the (base, meta) averages, float64, shape (2,), summing to 1 over the ranks."""
+def ranks_of(problem: Problem) -> Alone:
+    """Those that take part in a meta step."""
+    return Alone() if problem.synchronisation is None else Exchange(problem, problem.synchronisation)
+
+
+def _agree(problem: Problem, how: Synchronisation) -> None:
+    """All ranks are about to make the same collectives."""
+    given = {True: "given", False: "not given"}
+    description = {
+        "base_params": describe(problem.base_params),
+        "meta_params": describe(problem.meta_params),
+        "sync": how.sync,
+        "update_base": problem.update_base,
+        "weight": given[how.weight is not None],
+        "bucket_mib": how.bucket_mib,
+        "comm_hook": given[how.comm_hook is not None],
+    }
+    agree(how.group, description)
+
+
+def _shares(
+    weight: tuple[float, float] | None, world: int, group: Any, device: torch.device
+) -> tuple[float | Tensor, float | Tensor]:
     if weight is None:
-        return torch.full((2,), 1 / dist.get_world_size(group), dtype=torch.float64, device=device)
+        return 1 / world, 1 / world
     own = torch.tensor(weight, dtype=torch.float64, device=device)
     total = own.clone()
     dist.all_reduce(total, group=group)
-    return own / total
+    base, meta = (own / total).unbind()
+    return base, meta
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from torch import Tensor
 from sama_kernels.distributed.buckets import Bucket, divide
 
 Work = Callable[[Bucket], None]
+CommHook = Callable[[Any, Any], "torch.futures.Future[Tensor]"]
+"""(process group, bucket) -> a future of the average over the ranks: DistributedDataParallel's communication hooks."""
 
 
 class OverlappedReduction:
@@ -25,8 +27,11 @@ class OverlappedReduction:
 
     Arguments:
         like: the tensors whose gradients are summed.
-        prepare: last work on a complete bucket before it is sent, on the side stream.
+        prepare: last work on a bucket before it is sent, on the side stream.
         arrived: first work on the sum, likewise.
+        comm_hook: reduces a bucket instead of `torch.distributed.all_reduce`, and averages instead of summing.
+    Attributes:
+        broken: a collective raised, so that no other can succeed.
     """
 
     def __init__(
@@ -37,11 +42,14 @@ class OverlappedReduction:
         *,
         prepare: Work | None = None,
         arrived: Work | None = None,
+        comm_hook: CommHook | None = None,
     ) -> None:
         self.buckets = divide(like, mib)
+        self.broken = False
         self._group = group
         self._prepare = prepare
         self._arrived = arrived
+        self._comm_hook = comm_hook
         self._of_row = {row: (b, view) for b in self.buckets for row, view in zip(b.rows, b.views, strict=True)}
         self._launched: list[tuple[Bucket, Any]] = []
         device = like[0].device
@@ -61,14 +69,10 @@ class OverlappedReduction:
         while len(self._launched) < len(self.buckets) and not self.buckets[len(self._launched)].missing:
             self._launch(self.buckets[len(self._launched)])
 
-    def flush(self) -> None:
-        """Nothing more comes: rows that are missing count as they are (zeros, unless written)."""
+    def wait(self) -> None:
+        """Let the compute stream, and it alone, wait for all sums; buckets that are not complete are sent as well."""
         for bucket in self.buckets[len(self._launched) :]:
             self._launch(bucket)
-
-    def wait(self) -> None:
-        """Let the compute stream, and it alone, wait for all sums."""
-        self.flush()
         with self._on_side():
             for bucket, work in self._launched:
                 if work is not None:
@@ -84,14 +88,22 @@ class OverlappedReduction:
         with self._on_side():
             if self._prepare is not None:
                 self._prepare(bucket)
-            work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
+            work: Any
+            with self._noticing():
+                if self._comm_hook is None:
+                    work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
+                else:
+                    work = self._comm_hook(self._group, bucket)
             if self._side is not None:  # makes the side stream wait, not the host
                 self._receive(bucket, work)
                 work = None
         self._launched.append((bucket, work))
 
     def _receive(self, bucket: Bucket, work: Any) -> None:
-        work.wait()
+        with self._noticing():
+            average = work.wait()
+        if self._comm_hook is not None and average.data_ptr() != bucket.flat.data_ptr():
+            bucket.flat.copy_(average)
         if self._arrived is not None:
             self._arrived(bucket)
 
@@ -99,3 +111,11 @@ class OverlappedReduction:
     def _on_side(self) -> Iterator[None]:
         with torch.cuda.stream(self._side) if self._side is not None else nullcontext():
             yield
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.broken = True
+            raise

@@ -20,6 +20,10 @@ def quiet(modules: Iterable[nn.Module]) -> Iterator[None]:
     before = [(m.require_backward_grad_sync, m.require_forward_param_sync) for m in wrapped]
     try:
         for m in wrapped:
+            if m.require_backward_grad_sync and m.reducer._rebuild_buckets():
+                # Its one collective outside of backward passes, in the second forward pass; here, where no closure of
+                # another rank can have raised before it.
+                m._has_rebuilt_buckets = True
             m.require_backward_grad_sync = False
             m.require_forward_param_sync = False
         yield

@@ -1,0 +1,180 @@
+"""sync="final", "full" and "none" on real processes, against one process in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from parallel import Divided, bits_of
+from problems import OPTIMIZERS, flat, relative_error
+from ranks import run_ranks
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+import sama_kernels as sk
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unequal batches": {"unequal": True},
+    "one bucket per tensor": {"bucket_mib": 1e-9},
+    "odd bucket boundaries": {"bucket_mib": 100 / 2**20},
+    "microbatches": {"microbatches": True},
+    "explicit": {"explicit": True, "unequal": True},
+    "forward": {"difference": "forward"},
+    "exact": {"difference": "exact", "explicit": True},
+    "relative alpha": {"alpha": sk.relative(0.01)},
+    "values at theta": {"hold": "center"},
+    "SAMA-NA": {"adaptation": "none"},
+    "clipping of the norm": {"clip_coef": 0.5, "clip_rank_one": True, "case": 0},
+    "clipping of values": {"clip_value": 0.05, "case": 0},
+    "comm hook": {"comm_hook": default_hooks.allreduce_hook},
+    "update": {"update_base": True, "unequal": True},
+    "update, forward": {"update_base": True, "difference": "forward"},
+    **{optimizer.__name__ + str(case): {"case": case} for case, (optimizer, _) in enumerate(OPTIMIZERS)},
+}
+
+
+def one_case(
+    rank: int, world: int, sync: str, case: int = 2, unequal: bool = False, explicit: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The meta step of a rank; of the whole batch if world is 1."""
+    problem = Divided(rank, world, unequal=unequal)
+    problem.explicit = explicit
+    optimizer = problem.optimizer(case)
+    problem.train(optimizer)
+    theta = bits_of(list(problem.net.parameters()))
+    if unequal and world > 1:
+        options["weight"] = problem.weight
+    if world == 1:
+        options = {k: v for k, v in options.items() if k not in ("bucket_mib", "comm_hook")}
+    out = problem.meta_grad(optimizer, sync=sync, **options)
+    after = bits_of(list(problem.net.parameters()))
+    losses = torch.stack([out.meta_loss, out.base_loss_plus, out.base_loss_minus])
+    return {
+        "grads": flat(out.grads), "losses": losses, "norm": out.norm, "epsilon": out.epsilon, "weight": problem.weight,
+        "degenerate": bool(out.degenerate), "moved": [not torch.equal(a, b) for a, b in zip(theta, after, strict=True)],
+        "theta": flat(after),
+    }  # fmt: skip
+
+
+def all_cases(rank: int, world: int) -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (name, sync): one_case(rank, world, sync, **options)
+        for name, options in CASES.items()
+        for sync in ("final", "full")
+    }
+
+
+@cache
+def results(world: int) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    return run_ranks(world, all_cases)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_full_is_one_process_on_the_whole_batch(world: int, name: str) -> None:
+    expected = one_case(0, 1, "none", **CASES[name])
+    for got in (rank[name, "full"] for rank in results(world)):
+        assert relative_error(got["grads"], expected["grads"]) < 1e-9
+        for key in ("losses", "norm", "epsilon", "theta"):
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-10, atol=0)
+        assert got["moved"] == expected["moved"] and not got["degenerate"]
+        first = results(world)[0][name, "full"]
+        assert all(torch.equal(got[key], first[key]) for key in ("grads", "norm", "epsilon", "theta", "losses"))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "update" not in name])
+@pytest.mark.parametrize("world", [2, 3])
+def test_final_is_the_average_of_what_each_rank_has_alone(world: int, name: str) -> None:
+    unequal = CASES[name].get("unequal", False)
+    alone = [one_case(rank, world, "none", **_single(CASES[name])) for rank in range(world)]
+    shares = torch.tensor([a["weight"][0] if unequal else 1.0 for a in alone], dtype=torch.float64)
+    expected = sum(s * a["grads"] for s, a in zip(shares / shares.sum(), alone, strict=True))
+    for rank, result in enumerate(results(world)):
+        got = result[name, "final"]
+        assert relative_error(got["grads"], expected) < 1e-11
+        assert torch.equal(got["norm"], alone[rank]["norm"])  # its own v
+        assert torch.equal(got["grads"], results(world)[0][name, "final"]["grads"])
+
+
+def _single(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k not in ("bucket_mib", "comm_hook")}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "update" in name])
+def test_final_with_an_update_keeps_the_ranks_in_step(name: str) -> None:
+    for result in results(3):
+        got, full = result[name, "final"], result[name, "full"]
+        assert (
+            all(got["moved"]) and torch.equal(got["theta"], full["theta"]) and torch.equal(got["grads"], full["grads"])
+        )
+
+
+def test_the_modes_differ() -> None:
+    """What the paper leaves out: each rank perturbs along its own v."""
+    final, full = (results(2)[0]["plain", sync]["grads"] for sync in ("final", "full"))
+    assert relative_error(final, full) > 0.01
+
+
+def _other_kinds(rank: int, world: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    found["none"] = one_case(rank, world, "none")["grads"]
+    for dtype in (torch.float32, torch.bfloat16):
+        problem = Divided(rank, world, dtype=torch.float32)
+        problem.weigher.to(dtype)
+        inner, problem.weigher = problem.weigher, _Cast(problem.weigher, dtype)
+        optimizer = problem.optimizer(2)
+        problem.train(optimizer)
+        for name, hook in (
+            ("sum", None),
+            ("bf16", default_hooks.bf16_compress_hook),
+            ("fp16", default_hooks.fp16_compress_hook),
+        ):
+            out = problem.meta_grad(optimizer, sync="final", comm_hook=hook)
+            assert all(g.dtype == p.dtype for g, p in zip(out.grads, inner.parameters(), strict=True))
+            found[f"{name} {dtype}"] = flat([g.double() for g in out.grads])
+        found[f"alone {dtype}"] = flat([g.double() for g in problem.meta_grad(optimizer, sync="none").grads])
+    return found
+
+
+class _Cast(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner, self.dtype = inner, dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.to(self.dtype)).to(x.dtype)
+
+
+def test_none_and_other_dtypes_and_compressed_buckets() -> None:
+    ranks = run_ranks(2, _other_kinds)
+    for rank, found in enumerate(ranks):
+        assert torch.equal(found["none"], one_case(rank, 2, "none")["grads"])
+        for dtype in (torch.float32, torch.bfloat16):
+            mean = sum(r[f"alone {dtype}"] for r in ranks) / 2
+            eps = torch.finfo(dtype).eps
+            assert relative_error(found[f"sum {dtype}"], mean) < 4 * eps
+            for name, compressed in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+                error = relative_error(found[f"{name} {dtype}"], mean)
+                assert error < 4 * max(eps, torch.finfo(compressed).eps)
+                assert error > 0
+
+
+def _groups(rank: int, world: int) -> Any:
+    pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2])]
+    problem = Divided(rank % 2, 2)
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer)
+    mine = pairs[rank // 2]
+    grads = flat(problem.meta_grad(optimizer, sync="full", group=mine).grads)
+    with pytest.raises(ValueError, match="group: this rank is not a member"):
+        problem.meta_grad(optimizer, sync="full", group=pairs[1 - rank // 2])
+    return grads
+
+
+def test_a_group_is_the_ranks_that_agree() -> None:
+    pair_0, pair_1, alone = run_ranks(3, _groups)
+    assert torch.equal(pair_0, pair_1)
+    assert relative_error(pair_0, one_case(0, 1, "none")["grads"]) < 1e-9
+    assert relative_error(alone, one_case(0, 2, "none")["grads"]) < 1e-12
