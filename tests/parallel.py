@@ -40,10 +40,11 @@ class Divided:
         self.meta = tuple(x[meta_rows] for x in meta)
         self.weight = (float(len(self.base[0])), float(len(self.meta[0])))
         self.explicit = False
+        self.of_losses = True  # the weights; else of the targets, so that nothing has to be held
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         losses = (self.net(x) - y).square()
-        return (self.weigher(sk.stop_gradient(losses)) * losses).mean()
+        return (self.weigher(sk.stop_gradient(losses) if self.of_losses else y) * losses).mean()
 
     def base_loss(self) -> Tensor:
         return self.loss(*self.base)
