@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sama_kernels.distributed.sharded import is_sharded, local
 from sama_kernels.types import Relative, Synchronisation
 
 ADAPTATIONS = ("paper", "exact", "none")
@@ -77,8 +78,6 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
             raise TypeError(f"{name}: tensor {i} is {t.dtype}; only float32, float64, bfloat16 and float16 can be used")
         if t.layout != torch.strided:
             raise TypeError(f"{name}: tensor {i} has layout {t.layout}; only dense (strided) tensors can be used")
-        if type(t).__name__ == "DTensor":
-            raise TypeError(f"{name}: tensor {i} is a DTensor, and sharded parameters are not supported yet")
         if not (t.requires_grad or skip_frozen):
             raise ValueError(f"{name}: tensor {i} does not require grad; leave it out or call requires_grad_()")
     found = [t for t in found if t.requires_grad]
@@ -94,7 +93,7 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{name}: tensor {i} is not a leaf; pass the parameters themselves, not values made of them"
             )
-        if torch._debug_has_internal_overlap(p) == 1:
+        if torch._debug_has_internal_overlap(local(p)) == 1:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
 
 
@@ -122,6 +121,24 @@ def _names(given: Sequence[Any]) -> dict[int, str]:
         for name, p in module.named_parameters():
             found.setdefault(id(p), repr(name))
     return found
+
+
+def sharded(params: Sequence[Tensor], *, difference: str, clip_rank_one: bool, master_params: Any) -> None:
+    """Raise where something was asked for that cannot be done on parts of parameters."""
+    if not any(map(is_sharded, params)):
+        return
+    if difference == "exact":
+        raise NotImplementedError(
+            'difference: "exact" needs forward-mode derivatives through DTensors, which torch does not have; use'
+            ' difference="central"'
+        )
+    if clip_rank_one:
+        raise NotImplementedError("clip_rank_one: it is not available for sharded base_params; pass clip_coef alone")
+    if master_params is not None:
+        raise NotImplementedError(
+            "master_params: not for sharded base_params; shard float32 parameters and let fully_shard compute in"
+            " bfloat16 (MixedPrecisionPolicy)"
+        )
 
 
 def no_graph_memory(device: torch.device) -> None:

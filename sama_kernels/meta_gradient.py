@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
 from sama_kernels import backends, checks, clipping, differences, ops, scaling
-from sama_kernels.distributed import Adapt, CommHook, quiet, ranks_of
+from sama_kernels.distributed import Adapt, CommHook, quiet, ranks_of, sharded
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
 from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
@@ -127,9 +127,11 @@ def meta_grad(
     stepped, name = (theta, "base_params") if masters is None else (masters, "master_params")
     if optimizer is not None or adaptation != "none":
         checks.held_by(optimizer, stepped, name)
+    checks.sharded(theta, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
     loss_scale = scaling.scale_of(grad_scaler, device)
     base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
     reach = reachable((*base_losses, meta_closure, base_params, meta_params))
+    fsdp = sharded.fsdp_modules(reach.modules)
     if reach.compiled:
         checks.no_graph_memory(device)
     given = (m for m in (base_params, meta_params) if isinstance(m, nn.Module))
@@ -155,6 +157,8 @@ def meta_grad(
         master_params=masters,
         synchronisation=synchronisation,
         reached=tuple(reach.modules),
+        fsdp=fsdp,
+        owned=sharded.managed(fsdp),
     )
     return _sama(problem)
 
@@ -217,13 +221,13 @@ def _sama(problem: Problem) -> MetaGradient:
         # 1. The direct gradient d.
         meta = direct_gradient(problem, ranks, interrupts)
         # 2. v = D d, in the memory of d.
-        v, norm_sqs = ranks.adapted(meta.d, problem.base_params)
+        v, norm_sqs = ranks.adapted(meta.d)
         # 3. epsilon = alpha / ||v||, on the device.
         size = scaling.step_size(problem, norm_sqs)
         moving = [p for p, x in zip(problem.base_params, v, strict=True) if x is not None]
         directions = [x for x in v if x is not None]
         v.clear()  # "exact" replaces these tensors one by one
-        with frozen(problem.base_params), Perturbation(moving, directions, problem.backend) as theta:
+        with frozen(problem.base_params), Perturbation(moving, directions, problem.backend, problem.fsdp) as theta:
             # 4. dL_base/dlambda on both sides of theta, of the same function (or its derivative along v, if "exact"),
             # 5. and their difference quotient.
             out = differences.evaluate(problem, theta, size, meta, ranks, buffers, rng, interrupts)
@@ -234,7 +238,7 @@ def _sama(problem: Problem) -> MetaGradient:
 
 
 def _adaptation(problem: Problem) -> Adapt:
-    """What turns d into v = D d."""
+    """What turns d into v = D d, and gives the parts of ||v||^2 over all ranks."""
     plan = adaptations.plan(
         problem.optimizer, problem.step_params, problem.adaptation,
         name=problem.step_params_name, skipped=problem.skipped is True,
@@ -244,7 +248,20 @@ def _adaptation(problem: Problem) -> Adapt:
     def adapt(v: list[Tensor | None]) -> list[Tensor]:
         return clipping.apply(problem, clipped, v, adaptations.apply(plan, v, problem.backend))
 
-    return adapt
+    divided = sharded.by_groups(problem.base_params, range(len(problem.base_params)))
+    if set(divided) == {()}:
+        return adapt
+
+    def adapt_parts(v: list[Tensor | None]) -> list[Tensor]:
+        norm_sqs = []
+        for groups, rows in divided.items():
+            part = [x if row in rows else None for row, x in enumerate(v)]
+            norm_sqs.append(sharded.sum_over(torch.stack(adapt(part)).sum(), groups))
+            for row in rows:
+                v[row] = part[row]
+        return norm_sqs
+
+    return adapt_parts
 
 
 def _realised(step: Tensor | None, length: Tensor) -> tuple[Tensor | None, Tensor | None]:

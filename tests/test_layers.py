@@ -21,10 +21,6 @@ LAYERS = [
     ["sama_kernels.function", "sama_kernels.differences"],
     ["sama_kernels.jvp"],
     ["sama_kernels.passes", "sama_kernels.clipping", "sama_kernels.scaling"],
-    ["sama_kernels.distributed"],
-    ["sama_kernels.distributed.exchange"],
-    ["sama_kernels.distributed.reduction", "sama_kernels.distributed.agreement", "sama_kernels.distributed.wrapped"],
-    ["sama_kernels.distributed.buckets"],
     ["sama_kernels.step_length"],
     ["sama_kernels.checkpoint"],
     ["sama_kernels.adaptation"],
@@ -47,6 +43,10 @@ LAYERS = [
     [f"sama_kernels.backends.triton.{name}" for name in ("tables", "storage", "rounded")],
     [f"sama_kernels.backends.{name}" for name in ("rounding", "moments", "extension")],
     ["sama_kernels.backends.arguments"],
+    ["sama_kernels.distributed"],
+    ["sama_kernels.distributed.exchange"],
+    ["sama_kernels.distributed.reduction", "sama_kernels.distributed.agreement", "sama_kernels.distributed.wrapped"],
+    ["sama_kernels.distributed.buckets"],
     [
         "sama_kernels.checks",
         "sama_kernels.buffers",
@@ -56,6 +56,7 @@ LAYERS = [
         "sama_kernels.reach",
         "sama_kernels.ladder",
     ],
+    ["sama_kernels.distributed.sharded"],
     ["sama_kernels.types", "sama_kernels.version", "sama_kernels.diagnosis"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

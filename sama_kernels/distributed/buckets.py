@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ class Bucket:
     It has the methods of `torch.distributed.GradBucket` that communication hooks use.
 
     Attributes:
-        rows: their positions in the list that was divided.
+        rows: which of the tensors that were divided.
         flat: the memory, 1-dim.
         views: one per row, in the tensor's shape, row-major.
         missing: rows whose gradient has not come yet.
     """
 
-    def __init__(self, rows: list[int], like: Sequence[Tensor], index: int, count: int) -> None:
+    def __init__(self, rows: list[int], like: Mapping[int, Tensor], index: int, count: int) -> None:
         sizes = [like[row].numel() for row in rows]
         first = like[rows[0]]
         self.rows = rows
@@ -59,8 +59,8 @@ class Bucket:
         return self._last
 
 
-def divide(like: Sequence[Tensor], mib: float) -> list[Bucket]:
-    """Buckets for gradients of `like`, not initialised, each of one dtype and up to `mib` MiB (or one tensor).
+def divide(like: Mapping[int, Tensor], mib: float) -> list[Bucket]:
+    """Buckets, not initialised, for gradients of `like` (by row), each of one dtype and up to `mib` MiB or one tensor.
 
     In reverse order: the backward pass reaches the last parameters first. The order depends on shapes and dtypes alone,
     so that all ranks agree on it.
@@ -68,7 +68,7 @@ def divide(like: Sequence[Tensor], mib: float) -> list[Bucket]:
     runs: list[list[int]] = []
     open_run: dict[torch.dtype, list[int]] = {}
     room: dict[torch.dtype, float] = {}
-    for row in reversed(range(len(like))):
+    for row in sorted(like, reverse=True):
         dtype, size = like[row].dtype, like[row].numel() * like[row].element_size()
         if dtype not in open_run or room[dtype] < size:
             open_run[dtype] = []

@@ -24,7 +24,7 @@ def quiet(modules: Iterable[nn.Module]) -> Iterator[None]:
         for m in wrapped:
             m.require_backward_grad_sync = False
             m.require_forward_param_sync = False
-            m.reducer = _Resting(m.reducer)
+            m.reducer = _Resting(m.reducer)  # type: ignore[assignment]
         yield
     finally:
         for m, (backward, forward, reducer) in zip(wrapped, before, strict=True):
