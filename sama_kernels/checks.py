@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sama_kernels.distributed.sharded import is_sharded, local
-from sama_kernels.types import Relative, Synchronisation
+from sama_kernels.types import Problem, Relative, Synchronisation
 
 ADAPTATIONS = ("paper", "exact", "none")
 HOLDS = ("auto", "center")
@@ -123,6 +123,17 @@ def _names(given: Sequence[Any]) -> dict[int, str]:
     return found
 
 
+def same_direction(problem: Problem) -> None:
+    """Raise where `fully_shard` would average gradients of lambda that belong to different theta+-."""
+    owned = any(id(p) in problem.owned for p in problem.meta_params)
+    theta = all(id(p) in problem.owned for p in problem.base_params)
+    if owned and not theta and problem.synchronisation is None and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            'sync: "none" would perturb base_params along another v on each rank, but fully_shard averages the'
+            ' gradients of meta_params over them; pass sync="full"'
+        )
+
+
 def sharded(params: Sequence[Tensor], *, difference: str, clip_rank_one: bool, master_params: Any) -> None:
     """Raise where something was asked for that cannot be done on parts of parameters."""
     if not any(map(is_sharded, params)):
@@ -182,6 +193,12 @@ def positive(name: str, value: Any) -> float:
 
 def held_by(optimizer: Any, params: Sequence[Tensor], name: str = "base_params") -> None:
     """Raise unless `optimizer` is a torch optimizer that holds every tensor of `params`, the argument `name`."""
+    if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} keeps parameters, gradients and state in flat buffers of its own;"
+            " DeepSpeed is not supported: shard the model with torch.distributed.fsdp.fully_shard, and give it an"
+            " ordinary optimizer"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer: expected the torch.optim.Optimizer that made the base step, got {type(optimizer).__name__};"

@@ -160,6 +160,7 @@ def meta_grad(
         fsdp=fsdp,
         owned=sharded.managed(fsdp),
     )
+    checks.same_direction(problem)
     return _sama(problem)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failures
 from sama_kernels.distributed.buckets import Bucket
 from sama_kernels.distributed.reduction import OverlappedReduction
-from sama_kernels.distributed.sharded import is_sharded
+from sama_kernels.distributed.sharded import is_sharded, mesh_size
 from sama_kernels.ownership import own
 from sama_kernels.types import Problem, Synchronisation
 
@@ -114,6 +114,7 @@ class Exchange(Alone):
         meta_owned = any(id(p) in problem.owned for p in meta_params)
         direct = how.sync == "full" or problem.update_base or meta_owned
         _agree(problem, how)
+        _check_placements(problem, direct, world)
         self._loss_shares = self._share_base, self._share_meta = _shares(how.weight, world, group, device)
         if problem.owned:
             self.meta_factor, self._share_meta = self._share_meta * world, 1 / world
@@ -283,6 +284,20 @@ def _agree(problem: Problem, how: Synchronisation) -> None:
         "comm_hook": given[how.comm_hook is not None],
     }
     agree(how.group, description)
+
+
+def _check_placements(problem: Problem, direct: bool, world: int) -> None:
+    """DTensors that nobody averages over data-parallel ranks."""
+    checked = (("base_params", problem.base_params if direct else ()), ("meta_params", problem.meta_params))
+    for name, params in checked:
+        for i, p in enumerate(params):
+            ranks = world if id(p) in problem.owned else mesh_size(p, world)
+            if ranks < world:
+                raise ValueError(
+                    f"{name}: tensor {i} is a DTensor on {ranks} of {world} ranks, and its gradient would not be"
+                    " averaged over the others; use fully_shard on a mesh with a data-parallel dimension (a closure has"
+                    ' to reach the module), or sync="none"'
+                )
 
 
 def _shares(

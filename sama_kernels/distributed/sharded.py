@@ -60,6 +60,11 @@ def groups_of(x: Any) -> Groups:
     return tuple(x.device_mesh.get_group(dim) for dim in _sharded_dims(x))
 
 
+def mesh_size(x: Any, otherwise: int) -> int:
+    """How many ranks have a part of a DTensor, copies included."""
+    return int(x.device_mesh.size()) if is_sharded(x) else otherwise
+
+
 def part_number(x: Any) -> int:
     """Which part of a DTensor this rank has, counted over the mesh dimensions that divide it; 0 of any other tensor."""
     if not is_sharded(x):
@@ -140,7 +145,8 @@ def _placed(grad: Any, x: Any) -> Tensor:
     if not is_sharded(grad):
         return grad  # type: ignore[no-any-return]
     with torch.no_grad():
-        part: Tensor = grad.redistribute(x.device_mesh, x.placements).to_local()
+        placed = grad if grad.placements == x.placements else grad.redistribute(x.device_mesh, x.placements)
+        part: Tensor = placed.to_local()
     return part
 
 
