@@ -75,12 +75,16 @@ class Divided:
             loss = loss + (self.weigher(x[:, :1])).mean()
         return loss
 
-    def train(self, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    def train(
+        self, optimizer: torch.optim.Optimizer, steps: int = 3, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """On all rows, whatever this rank's are, so that every rank has the same optimizer state."""
+        scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(steps):
             optimizer.zero_grad()
-            self.loss(*self.everything).backward()
-            optimizer.step()
+            scaler.scale(self.loss(*self.everything)).backward()
+            scaler.step(optimizer)
+            scaler.update()
         self.weigher.zero_grad()
 
     def optimizer(self, case: int) -> torch.optim.Optimizer:
