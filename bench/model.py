@@ -76,7 +76,7 @@ def tables(rows: list[Row]) -> str:
 def table(rows: list[Row]) -> str:
     """What is refused on any number of GPUs gets one line."""
     names = [
-        "model", "mode", "GPUs", "base step", "none", "final", "final, θ moves", "full", "compute", "element-wise",
+        "model", "mode", "GPUs", "base step", "none", "final", "full", "compute", "element-wise",
         "exposed", "hidden", "of the step", "NVLink MB", "network MB",
     ]  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---|---|" + "---:|" * (len(names) - 2)]
@@ -90,7 +90,7 @@ def table(rows: list[Row]) -> str:
                 lines.append(f"{first} {counts} | {r['refused']} {'|' * (len(names) - 3)}")
             continue
         final = r["meta"]["final"]["theta stays"]
-        steps = [r["base"], r["meta"]["none"]["theta stays"], final, r["meta"]["final"]["theta moves"]]
+        steps = [r["base"], r["meta"]["none"]["theta stays"], final]
         times = [s["seconds"] for s in (*steps, r["meta"]["full"]["theta stays"])]
         times += [final[name] for name in ("compute", "element_wise", "exposed", "hidden")]
         cells = [*map(milliseconds, times), f"{final['communication_share']:.1%}"]

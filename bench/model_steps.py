@@ -12,7 +12,7 @@ DDP (theta on every GPU), `sync`:
 - "none": nothing is sent (with `update_base` the copies of theta drift apart).
 - "final" (the paper's, section 3.3): passes 1 and 2 are local. The difference of the lambda gradients is all-reduced in
   buckets while the rest of pass 3's backward runs; for a small lambda there is none left, and its bucket is exposed.
-  With `update_base` theta has to stay the same everywhere: v is averaged before theta moves, beside nothing.
+  With `update_base` theta has to stay the same everywhere, and "final" does what "full" does.
 - "full": d is all-reduced bucket by bucket beside pass 1's backward, so that v, and its norm, are those of all data on
   every GPU; lambda as in "final"; `update_base` sends nothing more.
 
@@ -208,14 +208,12 @@ def base_step(run: Run) -> Step:
 
 def meta_step(run: Run, sync: str = "final", lam: str = "small", update_base: bool = False) -> Step:
     """One SAMA meta gradient, see above; what lambda's own optimizer does is left out."""
-    step = forward_and_backward(run, averaged=sync == "full")
+    step = forward_and_backward(run, averaged=sync == "full" or (sync == "final" and update_base))
     step += run.element_wise(ADAPT + 2 * PERTURB)
     if run.mode == "fsdp2":
         step += transfers(1, [alpha_beta.all_reduce(run.cluster, run.gpus, 8)], behind=0.0)  # ||v||^2, float64
     step += frozen_pass(run, lam, averaged=False) + frozen_pass(run, lam, averaged=sync != "none")
     if not update_base:
         step += run.element_wise(RESTORE)
-    elif run.mode == "ddp" and sync == "final":
-        step += all_reduced(run, run.model.parameters)
     meta_elements = run.held if lam == "large" else SMALL_LAMBDA
     return step + run.element_wise(DIFFERENCE, meta_elements)

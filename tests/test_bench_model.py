@@ -152,7 +152,7 @@ def test_what_is_sent() -> None:
     assert sent(meta_step(fsdp, "none")) == pytest.approx(4 * 2 * n + 4 * n + 2 * 8)
     assert sent(meta_step(fsdp, "final")) == pytest.approx(4 * 2 * n + 4 * n + 2 * 8 + 8e5)
     assert sent(meta_step(fsdp, "full", "large")) == pytest.approx((2 + 4 * 2) * 2 * n + 3 * 4 * n + 2 * 8)
-    assert meta_step(ddp, "final", update_base=True).exposed > meta_step(ddp, "full", update_base=True).exposed
+    assert meta_step(ddp, "final", update_base=True) == meta_step(ddp, "full", update_base=True)
     assert meta_step(ddp, "final").hidden == 0 < meta_step(ddp, "final", "large").hidden
 
 
