@@ -171,6 +171,9 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 problem = Divided(rank, world)
 problem.of_losses = False
+if {sharded}:
+    from torch.distributed.fsdp import fully_shard
+    fully_shard(problem.net)
 optimizer = problem.optimizer(2)
 meta_optimizer = torch.optim.SGD(problem.weigher.parameters(), lr=0.5)
 original, calls = problem.base_loss, 0
@@ -178,7 +181,7 @@ def base_loss():
     global calls
     calls += 1
     if rank == 1 and calls == 5:  # in a perturbed pass of the third step
-        os.kill(os.getpid(), signal.SIGKILL)
+        {fault}
     return original()
 problem.base_loss = base_loss
 for step in range(100):
@@ -187,23 +190,34 @@ for step in range(100):
     for p, g in zip(problem.weigher.parameters(), out.grads):
         p.grad = g
     meta_optimizer.step()
-    if rank == 0:
+    if rank == 0 and not {sharded}:
         state = {{"net": problem.net.state_dict(), "lam": problem.weigher.state_dict(), "step": step}}
         torch.save(state, {out!r} + ".new")
         os.replace({out!r} + ".new", {out!r})
 """
 
 
-def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
-    checkpoint, script = tmp_path / "checkpoint.pt", tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(checkpoint)))
+def torchrun(folder: Path, fault: str, sharded: bool) -> subprocess.CompletedProcess[str]:
+    script = folder / "train.py"
+    tests, out = str(Path(__file__).parent), str(folder / "checkpoint.pt")
+    script.write_text(SCRIPT.format(tests=tests, out=out, fault=fault, sharded=sharded))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0
+    return done
+
+
+def test_a_closure_that_raises_in_an_fsdp_model_ends_the_job(tmp_path: Path) -> None:
+    """The other rank waits in a collective of the model's own, until torchrun ends it."""
+    done = torchrun(tmp_path, 'raise ValueError("on purpose")', sharded=True)
+    assert "ValueError: on purpose" in done.stderr and "exitcode  : 1" in done.stderr, done.stderr
+
+
+def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", sharded=False)
     assert f"exitcode  : -{int(signal.SIGKILL)}" in done.stderr, done.stderr
-    saved = torch.load(checkpoint)
+    saved = torch.load(tmp_path / "checkpoint.pt")
     expected = Divided()
     expected.of_losses = False
     optimizer = expected.optimizer(2)
