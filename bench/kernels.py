@@ -13,8 +13,8 @@ Contenders: `cpu`, `cuda`, `triton`, the kernels of this library, as far as they
 PyTorch tensor by tensor; `foreach`, see bench/contenders.py; `compile`, torch.compile(fullgraph=True) of the reference.
 What torch.compile needs for compiling is not part of its times, but recorded. `adapt_norm_rmsprop` and
 `adapt_norm_nadam` are adapt_norm_moments in the form RATIO, without and with first moments, `adapt_norm_adadelta` in
-the form DELTA. `element_wise_part` is adapt_norm_adam, step_size, both perturbations and restore in one go. `adam_step` is
-torch's own fused Adam step, as a yardstick.
+the form DELTA. `element_wise_part` is adapt_norm_adam, step_size, both perturbations and restore in one go. `adam_step`
+is torch's own fused Adam step, as a yardstick.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from sama_kernels.adaptation.plan import GroupStep, OpCall
 
 
 def adadelta(step: GroupStep) -> list[OpCall]:
-    """u = lr delta, delta = g sqrt((e + eps) / (w + eps)) with the mean e of delta^2 before the step (Zeiler, "ADADELTA",
-    2012). eps sets the size of the steps, so that "paper" keeps it in D.
+    """u = lr delta, delta = g sqrt((e + eps) / (w + eps)) with the mean e of delta^2 before the step (Zeiler, 2012).
+
+    eps sets the size of the steps, so that "paper" keeps it in D.
     """
     h = step.hyper
     used, states = step.with_state("acc_delta")
