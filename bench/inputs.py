@@ -33,7 +33,8 @@ PRECISIONS = {
 
 
 class Inputs:
-    """What the ops read: theta, a direct gradient d, the gradient and Adam's moments of a step; never written.
+    """What the ops read: theta, a direct gradient d, the gradient of a step, Adam's moments, Adadelta's mean of squared
+    deltas; never written.
 
     Random, as zeros or repeated values would be faster on some hardware.
     """
@@ -53,6 +54,7 @@ class Inputs:
             x.square_().add_(1e-6).add_(0.01 * g.to(x.dtype).square())
             for x, g in zip(randn(precision.state, 0.01), self.grads, strict=True)
         ]
+        self.deltas = [x.square_() for x in randn(precision.state, 0.003)]
         # Adam keeps one counter per parameter. On a GPU they are there, as in fused and capturable optimizers: from
         # the CPU the reference backend would fetch them one by one.
         self.steps = [torch.tensor(STEP, device=device) for _ in shapes]
@@ -63,7 +65,7 @@ class Inputs:
 def memory_needed(shapes: Shapes, precision: Precision) -> int:
     """Bytes for the inputs, the working lists of all contenders, a result to compare with, and what calls allocate."""
     value, state = precision.values.itemsize, precision.state.itemsize
-    inputs_and_working_lists = elements(shapes) * (3 * value + 2 * state + 5 * value + value)
+    inputs_and_working_lists = elements(shapes) * (3 * value + 3 * state + 5 * value + value)
     foreach_temporaries = elements(shapes) * 3 * max(value, state)
     reference_temporaries = 10 * max(4, value) * max(math.prod(shape) for shape in shapes)
     return inputs_and_working_lists + foreach_temporaries + reference_temporaries

@@ -32,6 +32,7 @@ MOMENTS = [
     (ops.RATIO, "", "w", "m"),
     (ops.CENTERED, "m", "w", "explicit"),
     (ops.MAXIMUM, "m", "largest", ""),
+    (ops.DELTA, "largest", "w", ""),
 ]
 
 

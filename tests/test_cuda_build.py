@@ -35,7 +35,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 KERNELS = {
     "adam_kernel": (16, 128, 248),
     "scale_kernel": (2, 64, 80),
-    "moments_kernel": (22, 128, 248),
+    "moments_kernel": (26, 128, 248),
     "plus_kernel": (4, 80, 120),
     "minus_kernel": (2, 64, 80),
     "restore_kernel": (1, 40, 0),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 PAPER, EXACT = 0, 1
 """Modes of `adapt_norm_adam`: the epsilon-free numerator of the paper, or the derivative to the letter."""
-LINEAR, RATIO, CENTERED, MAXIMUM = 0, 1, 2, 3
+LINEAR, RATIO, CENTERED, MAXIMUM, DELTA = 0, 1, 2, 3, 4
 """Forms of `adapt_norm_moments`."""
 COEFFICIENTS = 8
 """Numbers that `adapt_norm_moments` takes for each tensor."""
@@ -80,8 +80,8 @@ def check_adapt_norm_moments(
     op = "adapt_norm_moments"
     if not v:
         raise RuntimeError(f"sama::{op}: v is empty")
-    if form not in (LINEAR, RATIO, CENTERED, MAXIMUM):
-        names = "0 (linear), 1 (ratio), 2 (centered) or 3 (maximum)"
+    if form not in (LINEAR, RATIO, CENTERED, MAXIMUM, DELTA):
+        names = "0 (linear), 1 (ratio), 2 (centered), 3 (maximum) or 4 (delta)"
         raise RuntimeError(f"sama::{op}: form must be {names}, not {form}")
     lists = {"v": v}
     if form != LINEAR:
@@ -94,7 +94,7 @@ def check_adapt_norm_moments(
             raise RuntimeError(f"sama::{op}: params is empty, but weight_decay needs theta")
         lists["params"] = params
         if buffers:
-            if form == MAXIMUM or (form == RATIO and firsts):
+            if "firsts" in lists and form != CENTERED:
                 raise RuntimeError(f"sama::{op}: buffers do not go with firsts, except in form 2 (centered)")
             lists["buffers"] = buffers
     _check_lists(op, lists, written=("v",))

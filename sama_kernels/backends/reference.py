@@ -15,6 +15,7 @@ from torch import Tensor
 from sama_kernels.backends import moments
 from sama_kernels.backends.arguments import (
     CENTERED,
+    DELTA,
     EXACT,
     LINEAR,
     MAXIMUM,
@@ -36,6 +37,7 @@ from sama_kernels.backends.rounding import random_like, round_stochastically
 
 __all__ = [
     "CENTERED",
+    "DELTA",
     "EXACT",
     "LINEAR",
     "MAXIMUM",

@@ -3,6 +3,7 @@
 from sama_kernels.backends.arguments import COEFFICIENTS
 from sama_kernels.backends.reference import (
     CENTERED,
+    DELTA,
     EXACT,
     LINEAR,
     MAXIMUM,
@@ -23,6 +24,7 @@ from sama_kernels.ops.step_size import step_size
 __all__ = [
     "CENTERED",
     "COEFFICIENTS",
+    "DELTA",
     "EXACT",
     "LINEAR",
     "MAXIMUM",
