@@ -59,7 +59,8 @@ def meta_grad(
             did to theta is in `.grad` and in the optimizer's state.
         meta_loss: L_meta, a function () -> scalar tensor that reads theta (and lambda, if it likes).
         base_params: theta, an nn.Module or an iterable of leaf tensors and modules; float32, float64, bfloat16 or
-            float16, any shapes. Those that do not require grad are left out.
+            float16, any shapes; DTensors too (`fully_shard`, tensor parallelism). Those that do not require grad are
+            left out.
         meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad. No tensor
             may be in both: where lambda is part of the model, pass the other parameters as base_params.
         optimizer: the torch optimizer that made the base step, of exactly one of the types in `info()["optimizers"]`

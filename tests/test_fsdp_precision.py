@@ -12,7 +12,7 @@ from problems import flat, relative_error
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -222,6 +222,12 @@ def _refused(rank: int, world: int) -> dict[str, str]:
     said["zero"] = _message(lambda: problem.meta_grad(zero))
     assert not problem.meta_grad(zero, adaptation="none").degenerate
 
+    problem = Divided(rank, world)
+    wrapped = FullyShardedDataParallel(problem.net, device_id=torch.device("cpu"))
+    problem.net = wrapped
+    said["FSDP1"] = _message(lambda: problem.meta_grad(torch.optim.SGD(wrapped.parameters(), lr=0.1)))
+
+    problem = Divided(rank, world)
     fully_shard(problem.weigher)
     sgd = problem.optimizer(0)
     problem.base_loss().backward()
@@ -242,5 +248,8 @@ def test_what_cannot_be_done_is_said() -> None:
         assert said["masters"].startswith("NotImplementedError: master_params: not for sharded base_params")
         assert said["mixing"].startswith("TypeError: optimizer: the adaptation of test_fsdp_precision.Mixing may mix")
         assert "ZeroRedundancyOptimizer" in said["zero"] and "fully_shard" in said["zero"]
+        assert said["FSDP1"].startswith(
+            "NotImplementedError: base_params, meta_params: FullyShardedDataParallel (FSDP1)"
+        )
         assert said["none"].startswith('ValueError: sync: "none" would perturb base_params along another v')
         assert said["tensor parallel"].startswith("ValueError: base_params: tensor 0 is a DTensor on 2 of 4 ranks")

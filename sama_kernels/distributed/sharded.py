@@ -95,9 +95,21 @@ def by_groups(params: Sequence[Tensor], rows: Iterable[int]) -> dict[Groups, lis
 
 
 def fsdp_modules(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
-    """Those of `modules` that `fully_shard` was called on."""
+    """Those of `modules` that `fully_shard` was called on.
+
+    Raises:
+        NotImplementedError: one of them is wrapped in its predecessor.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return tuple(m for m in modules if isinstance(m, fsdp.FSDPModule)) if fsdp is not None else ()
+    if fsdp is None:
+        return ()
+    modules = tuple(modules)
+    if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in modules):
+        raise NotImplementedError(
+            "base_params, meta_params: FullyShardedDataParallel (FSDP1) keeps parameters in flat buffers of its own and"
+            " is not supported; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    return tuple(m for m in modules if isinstance(m, fsdp.FSDPModule))
 
 
 def managed(modules: Iterable[Any]) -> dict[int, Tensor]:
