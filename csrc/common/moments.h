@@ -190,7 +190,7 @@ SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<
   const T inv = spread == zero ? zero : one / spread;
   T known = k.sign * x.g; // and weight_decay theta after the step: 0 where u is
   if constexpr (Variant::decay == Decay::Implicit) known = known + k.weight_decay * x.p;
-  // The cells that "paper" leaves out are made 0 here and not at the end: until there it takes a register for each.
+  // The cells that "paper" leaves out are made 0 here and not at the end, until where it takes registers on a GPU.
   const T kept = (x.g == zero) & (known == zero) ? k.slope_tail : one;
   const T size = ((x.m + k.kappa * k.eps) * inv) * kept;
   T square, share; // omega g^2, and over w + eps

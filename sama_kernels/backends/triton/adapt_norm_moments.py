@@ -233,7 +233,8 @@ def _delta(gradient, m, w, theta, scalars, DECAY: tl.constexpr):
     known = gradient  # and weight_decay theta after the step: 0 where u is
     if DECAY == IMPLICIT:
         known = known + weight_decay * theta
-    # The cells that "paper" leaves out are made 0 here and not at the end: until there it takes a register for each.
+    # The cells that "paper" leaves out are made 0 here and not at the end, until where it takes more registers: 110
+    # instead of 92 in float32, and with weight decay more than 128.
     kept = tl.where((gradient == 0.0) & (known == 0.0), slope_tail, one)
     size = ((m + kappa * eps) * inv) * kept
     if DECAY == IMPLICIT:
