@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
 from sama_kernels import backends, checks, clipping, differences, ops, scaling
-from sama_kernels.distributed import Adapt, CommHook, quiet, ranks_of, sharded
+from sama_kernels.distributed import Adapt, CommHook, arguments, quiet, ranks_of, sharded
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
 from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
@@ -114,7 +114,7 @@ def meta_grad(
     Afterwards, also after an error or Ctrl-C, parameters (unless update_base), `.grad`, buffers and the states of the
     random number generators are what they were, bit for bit. Extra memory: one buffer of theta's size.
     """
-    synchronisation = checks.synchronisation(sync, group, weight, bucket_mib, comm_hook)
+    synchronisation = arguments.synchronisation(sync, group, weight, bucket_mib, comm_hook)
     checks.choice("adaptation", adaptation, checks.ADAPTATIONS)
     checks.choice("hold", hold, checks.HOLDS)
     checks.choice("rounding", rounding, checks.ROUNDINGS)
@@ -128,7 +128,7 @@ def meta_grad(
     stepped, name = (theta, "base_params") if masters is None else (masters, "master_params")
     if optimizer is not None or adaptation != "none":
         checks.held_by(optimizer, stepped, name)
-    checks.sharded(theta, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
+    arguments.parts(theta, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
     loss_scale = scaling.scale_of(grad_scaler, device)
     base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
     reach = reachable((*base_losses, meta_closure, base_params, meta_params))
@@ -161,7 +161,7 @@ def meta_grad(
         fsdp=fsdp,
         owned=sharded.managed(fsdp),
     )
-    checks.same_direction(problem)
+    arguments.same_direction(problem)
     return _sama(problem)
 
 

@@ -44,7 +44,8 @@ LAYERS = [
     [f"sama_kernels.backends.{name}" for name in ("rounding", "moments", "extension")],
     ["sama_kernels.backends.arguments"],
     ["sama_kernels.distributed"],
-    ["sama_kernels.distributed.exchange"],
+    ["sama_kernels.distributed.exchange", "sama_kernels.distributed.arguments"],
+    ["sama_kernels.distributed.alone"],
     ["sama_kernels.distributed.reduction", "sama_kernels.distributed.agreement", "sama_kernels.distributed.wrapped"],
     ["sama_kernels.distributed.buckets"],
     [

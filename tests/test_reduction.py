@@ -26,7 +26,7 @@ def tensors() -> list[Tensor]:
 @pytest.mark.parametrize("mib", [1e-9, 40 / MIB, 100 / MIB, 1.0])
 def test_every_tensor_has_its_place(mib: float) -> None:
     like = tensors()
-    buckets = divide(dict(enumerate(like)), mib)
+    buckets = divide(dict(enumerate(like)), torch.device("cpu"), mib)
     assert sorted(row for b in buckets for row in b.rows) == list(range(len(like)))
     for b in buckets:
         assert b.rows == sorted(b.rows, reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,15 +23,24 @@ class Bucket:
         missing: rows whose gradient has not come yet.
     """
 
-    def __init__(self, rows: list[int], like: Mapping[int, Tensor], index: int, count: int) -> None:
-        sizes = [like[row].numel() for row in rows]
-        first = like[rows[0]]
+    def __init__(
+        self, rows: list[int], like: Mapping[int, Tensor], device: torch.device, index: int, count: int
+    ) -> None:
         self.rows = rows
-        self.flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        parts = torch.split(self.flat, sizes)
-        self.views = [part.view(like[row].shape) for row, part in zip(rows, parts, strict=True)]
         self.missing = set(rows)
+        self._shapes, self._dtype, self._device = [like[row].shape for row in rows], like[rows[0]].dtype, device
         self._index, self._last = index, index == count - 1
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """Not initialised, and made when it is first used: before, the forward pass needs the memory."""
+        return torch.empty(sum(shape.numel() for shape in self._shapes), dtype=self._dtype, device=self._device)
+
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """Parts of `flat`."""
+        parts = torch.split(self.flat, [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for shape, part in zip(self._shapes, parts, strict=True)]
 
     def zero_missing(self) -> None:
         """Gradients that did not come count as zeros."""
@@ -59,8 +69,8 @@ class Bucket:
         return self._last
 
 
-def divide(like: Mapping[int, Tensor], mib: float) -> list[Bucket]:
-    """Buckets, not initialised, for gradients of `like` (by row), each of one dtype and up to `mib` MiB or one tensor.
+def divide(like: Mapping[int, Tensor], device: torch.device, mib: float) -> list[Bucket]:
+    """Buckets on `device` for gradients of `like` (by row), each of one dtype and up to `mib` MiB or one tensor.
 
     In reverse order: the backward pass reaches the last parameters first. The order depends on shapes and dtypes alone,
     so that all ranks agree on it.
@@ -76,4 +86,4 @@ def divide(like: Mapping[int, Tensor], mib: float) -> list[Bucket]:
             runs.append(open_run[dtype])
         open_run[dtype].append(row)
         room[dtype] -= size
-    return [Bucket(rows, like, index, len(runs)) for index, rows in enumerate(runs)]
+    return [Bucket(rows, like, device, index, len(runs)) for index, rows in enumerate(runs)]

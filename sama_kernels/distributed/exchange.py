@@ -12,7 +12,7 @@ others then raise as well, instead of waiting for it for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -21,81 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failures
+from sama_kernels.distributed.alone import Alone, Form, Share
 from sama_kernels.distributed.buckets import Bucket
 from sama_kernels.distributed.reduction import OverlappedReduction
 from sama_kernels.distributed.sharded import is_sharded, mesh_size
-from sama_kernels.ownership import own
 from sama_kernels.types import Problem, Synchronisation
-
-Adapt = Callable[[list[Tensor | None]], list[Tensor]]
-"""v <- D d in place, for the entries that are there; returns the parts of ||v||^2."""
-Form = Callable[[Sequence[int], list[Tensor | None], Sequence[Tensor | None]], list[Tensor]]
-"""(rows, first, last): this rank's meta gradient of these rows, in the memory of `first` where that is there."""
-Share = float | Tensor
-
-
-class Alone:
-    """One process, which has nothing to exchange.
-
-    Attributes:
-        adapt: set before the passes: what turns d into v.
-        base_factor, meta_factor: what the losses are multiplied by before they are differentiated, where it is not us
-            who average gradients (`fully_shard` does, over ranks that all count the same).
-        taken: the gradients of the last pass, summed over microbatches; None if they are left to the caller.
-    """
-
-    adapt: Adapt
-    base_factor: Share = 1.0
-    meta_factor: Share = 1.0
-    taken: list[Tensor | None] | None = None
-
-    def __init__(self, problem: Problem) -> None:
-        self._params = problem.base_params
-        self._averaged = [id(p) in problem.owned for p in problem.base_params]
-        self._first: list[Tensor | None] = []
-        self._form: Form | None = None
-
-    def shares_of(self, row: int) -> tuple[Share, Share]:
-        """What this rank's gradients of the base and the meta loss count for in the meta gradient of a row."""
-        return 1.0, 1.0
-
-    def meta_backward(self) -> AbstractContextManager[object]:
-        """Around the backward pass of the meta loss."""
-        return nullcontext()
-
-    def adapted(self, d: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
-        """v = D d, in memory that is nobody else's, and the parts of ||v||^2; `d` as autograd returned it."""
-        v = own(d, self._params, {row for row, averaged in enumerate(self._averaged) if averaged})
-        return v, self.adapt(v)
-
-    def begin_last_pass(self, first: Sequence[Tensor | None], form: Form) -> None:
-        """Before the last pass: the gradients of the pass before it, and what makes a meta gradient of both."""
-        self._first, self._form = list(first), form
-
-    def last_backward(
-        self, params: Sequence[Tensor], before: Sequence[Tensor | None]
-    ) -> AbstractContextManager[object]:
-        """Around the backward pass of the last microbatch, `before` being the sums over the others."""
-        return nullcontext()
-
-    def meta_gradient(self, last: Sequence[Tensor | None]) -> list[Tensor]:
-        """The meta gradient, made of the gradients of the last pass."""
-        assert self._form is not None
-        return self._form(range(len(last)), self._first, last)
-
-    def conclude(
-        self, losses: Sequence[Tensor], degenerate: Tensor, norm: Tensor, bad: Tensor | None
-    ) -> Verdict | None:
-        """How the step went elsewhere; None if there is nobody else."""
-        return None
-
-    def __enter__(self) -> Alone:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
 
 class Exchange(Alone):
@@ -128,7 +58,7 @@ class Exchange(Alone):
         self._at_once = problem.clipping.rank_one
         # 16-bit gradients of lambda are differenced and averaged in float32.
         meta_like = {
-            row: torch.empty_like(p, dtype=torch.float32) if p.element_size() == 2 else p
+            row: torch.empty_like(p, dtype=torch.float32, device="meta") if p.element_size() == 2 else p
             for row, p in enumerate(meta_params)
             if not is_sharded(p)
         }

@@ -26,7 +26,8 @@ class OverlappedReduction:
     nothing (with gloo, whose collectives run on the host, it has to).
 
     Arguments:
-        like: the tensors whose gradients are summed, by the row that they have for the caller; on `device`.
+        like: tensors such as the gradients that are summed, by the row that they have for the caller.
+        device: where the gradients are.
         prepare: last work on a bucket before it is sent, on the side stream.
         arrived: first work on the sum, likewise.
         comm_hook: reduces a bucket instead of `torch.distributed.all_reduce`, and averages instead of summing.
@@ -46,13 +47,13 @@ class OverlappedReduction:
         arrived: Work | None = None,
         comm_hook: CommHook | None = None,
     ) -> None:
-        self.buckets = divide(like, mib)
+        self.buckets = divide(like, device, mib)
         self.broken = False
         self._group = group
         self._prepare = prepare
         self._arrived = arrived
         self._comm_hook = comm_hook
-        self._of_row = {row: (b, view) for b in self.buckets for row, view in zip(b.rows, b.views, strict=True)}
+        self._of_row = {row: (b, i) for b in self.buckets for i, row in enumerate(b.rows)}
         self.rows = sorted(self._of_row)
         self._launched: list[tuple[Bucket, Any]] = []
         used = device.type == "cuda" and len(like) > 0
@@ -60,7 +61,8 @@ class OverlappedReduction:
 
     def view(self, row: int) -> Tensor:
         """Where the gradient of a row lies, and its sum in the end."""
-        return self._of_row[row][1]
+        bucket, i = self._of_row[row]
+        return bucket.views[i]
 
     def ready(self, row: int) -> None:
         """The gradient of a row is in its `view`."""
