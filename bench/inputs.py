@@ -75,7 +75,7 @@ def _quantised(moments: list[Tensor], table: Tensor) -> list[list[Tensor]]:
         flat = x.flatten().float()
         blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % PER_SCALE)).view(-1, PER_SCALE)
         scales = blocks.abs().amax(1)
-        codes = torch.bucketize(blocks.div_(scales[:, None]), (table[1:] + table[:-1]) / 2, out_int32=True)
+        codes = torch.bucketize(blocks / scales[:, None], (table[1:] + table[:-1]) / 2, out_int32=True)
         for parts, part in zip(lists, (codes.flatten()[: flat.numel()].to(torch.uint8), scales, table), strict=True):
             parts.append(part)
     return lists
