@@ -34,7 +34,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # are larger, too.
 KERNELS = {
     "adam_kernel": (16, 128, 248),
-    "low_bit_adam_kernel": (8, 80, 128),
+    "low_bit_adam_kernel": (8, 80, 168),
     "scale_kernel": (2, 64, 80),
     "moments_kernel": (22, 128, 248),
     "plus_kernel": (4, 80, 120),

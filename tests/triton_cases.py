@@ -246,6 +246,8 @@ CASES = [
     Case("low-bit float64, 8 bits", _low_bit(F64, 8), 16, 8, scalars_on_device=True),
     Case("low-bit float64, 4 bits, blocks of 99", _low_bit(F64, 4, 99), 16, 8, scalars_on_device=True),
     Case("low-bit float32, 8 bits, unaligned", _low_bit(F32, 8, 100, aligned=False), aligned=False),
+    Case("low-bit float64, 4 bits, unaligned", _low_bit(F64, 4, 99, aligned=False), aligned=False),
+    Case("low-bit float32, 4 bits, unaligned", _low_bit(F32, 4, 99, aligned=False), aligned=False),
     Case("low-bit bfloat16, 4 bits, unaligned", _low_bit(BF16, 4, aligned=False), aligned=False),
     Case("plus float32", _perturb(F32, ops.PLUS), 8, 8),
     Case("plus float32, measured", _perturb(F32, ops.PLUS, measure=True), 8, 8),

@@ -92,8 +92,13 @@ __device__ inline void dequantise(
   }
 }
 
+// Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which in float64 is two on sm_100, by
+// pressing a kernel into 128 registers and spilling one of them.
+template <class T>
+constexpr int kLowBitBlocks = sizeof(T) == 8 ? 1 : 0;
+
 template <class T, bool exact, bool packed>
-__global__ void __launch_bounds__(kThreads) low_bit_adam_kernel(
+__global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kernel(
     const LowBitTable __grid_constant__ table, const LowBitArguments __grid_constant__ arguments, double* slots) {
   const Span span = span_of(table, int(blockIdx.x));
   const LowBitShared<T>& shared = block_shared<T, packed>(table, arguments, span.tensor);

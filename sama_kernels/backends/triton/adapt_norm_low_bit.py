@@ -83,8 +83,9 @@ def adapt_norm_low_bit_adam(
     for group in operands.groups:
         compute = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
         noise = 8 * torch.finfo(compute).eps * (1 - beta1)
-        # Told nothing, ptxas presses the one for float64 and 4 bits into 96 registers and spills two of them.
-        registers = {"maxnreg": 128} if packed and compute == torch.float64 else {}
+        # Told nothing, ptxas presses these into 96 registers and spills two to four of them.
+        pressed = packed and (compute == torch.float64 or not group.aligned)
+        registers = {"maxnreg": 128} if pressed else {}
         launch(
             low_bit_adam_kernel, group, slots[0, first:], corrections, lr_tensor, lr, 1 - beta1, 1 - beta2,
             log2(beta1), log2(beta2), eps, noise,
