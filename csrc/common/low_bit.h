@@ -13,15 +13,24 @@ SAMA_BOTH AdamScalars<T> low_bit_scalars(
   return adam_scalars<T>(lr, c1, c2, beta1, beta2, eps, 0.0, false, dtype_of<T>);
 }
 
-// D d of Adam at the stored m and w, put right by what is known exactly: all of it at the first step; later that w was no
-// smaller than the term which this step added. NaN stays.
-template <class T, bool exact>
-SAMA_INLINE T low_bit_adam_element(const AdamScalars<T>& k, bool first, T d, T g, T m, T w) {
+// m and w of the step: as they are stored, put right by what is known exactly. That is all of it at the first step; later
+// that w was no smaller than the term which this step added. NaN stays.
+template <class T>
+struct KnownMoments {
+  T m, w;
+};
+
+template <class T, bool first>
+SAMA_INLINE KnownMoments<T> known_moments(const AdamScalars<T>& k, T g, T m, T w) {
   const T added = k.one_minus_beta2 * (g * g);
-  const bool stored = !first & ((w >= added) | (w != w));
-  const T mean = first ? k.one_minus_beta1 * g : m;
-  const T square = stored ? w : added;
-  return adam_element<T, exact, false, false>(k, d, g, mean, square, square, T(0));
+  if (first) return {k.one_minus_beta1 * g, added};
+  return {m, (w >= added) | (w != w) ? w : added};
+}
+
+// D d of Adam at these.
+template <class T, bool exact>
+SAMA_INLINE T low_bit_adam_element(const AdamScalars<T>& k, T d, T g, const KnownMoments<T>& known) {
+  return adam_element<T, exact, false, false>(k, d, g, known.m, known.w, known.w, T(0));
 }
 
 } // namespace sama

@@ -61,12 +61,20 @@ void dequantise(const Stored& from, bool packed, int64_t block_size, int64_t sta
   }
 }
 
-template <class T, bool exact>
+// `first` is a template argument, as with a run-time one the loop would not be vectorised.
+template <class T, bool exact, bool first>
 SAMA_CLONES void low_bit_adam_loop(
-    const AdamScalars<T>& k, bool first, int64_t n, const T* d, const T* g, const T* m, const T* w, T* out) {
+    const AdamScalars<T>& k, int64_t n, const T* d, const T* g, const T* m, const T* w, T* out) {
   const AdamScalars<T> c = k; // in registers: `out` could alias `k` for all the compiler knows
   SAMA_IVDEP
-  for (int64_t i = 0; i < n; ++i) out[i] = low_bit_adam_element<T, exact>(c, first, d[i], g[i], m[i], w[i]);
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = low_bit_adam_element<T, exact>(c, d[i], g[i], known_moments<T, first>(c, g[i], m[i], w[i]));
+}
+
+template <class T>
+auto low_bit_adam_loop_for(bool exact, bool first) {
+  if (exact) return first ? low_bit_adam_loop<T, true, true> : low_bit_adam_loop<T, true, false>;
+  return first ? low_bit_adam_loop<T, false, true> : low_bit_adam_loop<T, false, false>;
 }
 
 struct Call {
@@ -81,14 +89,14 @@ void low_bit_adam_segment(const Call& call, const Segment& at, const AdamScalars
   const View& grad = call.operands.view(kLowBitGrad, at.tensor);
   const Stored stored_m = stored(call.operands, kLowBitM, at.tensor);
   const Stored stored_w = stored(call.operands, kLowBitW, at.tensor);
-  const auto loop = call.exact ? low_bit_adam_loop<T, true> : low_bit_adam_loop<T, false>;
+  const auto loop = low_bit_adam_loop_for<T>(call.exact, first);
   Tile<T> d, g, out;
   alignas(64) T m[kTile], w[kTile];
   for_each_tile(at.start, at.length, [&](int64_t start, int64_t n) {
     dequantise(stored_m, call.packed, call.block_size, start, n, m);
     dequantise(stored_w, call.packed, call.block_size, start, n, w);
     T* target = out.target(v, start);
-    loop(k, first, n, d.load(v, start, n, false), g.load(grad, start, n, false), m, w, target);
+    loop(k, n, d.load(v, start, n, false), g.load(grad, start, n, false), m, w, target);
     add_squares(target, n, lanes);
     out.store(v, start, n);
   });

@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kerne
     dequantise<T, packed>(of_w, shared.lookup[1], w_scales, place, uint32_t(arguments.block_size), at, count, w);
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) {
-      adapted[i] = low_bit_adam_element<T, exact>(k, first, d[i], g[i], m[i], w[i]);
+      const KnownMoments<T> known =
+          first ? known_moments<T, true>(k, g[i], m[i], w[i]) : known_moments<T, false>(k, g[i], m[i], w[i]);
+      adapted[i] = low_bit_adam_element<T, exact>(k, d[i], g[i], known);
       if (i < count) sum = add_square(sum, adapted[i]);
     }
     narrow(adapted, v.dtype, words);
