@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.inputs import EPSILON, STEP, Inputs
+from bench.inputs import EPSILON, PER_SCALE, STEP, Inputs
 from sama_kernels import ops
 
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
@@ -44,7 +44,7 @@ class Library:
             return torch.compile(call, fullgraph=True, dynamic=False) if compiled else call
 
         self._adam, self._scale = on_backend(ops.adapt_norm_adam), on_backend(ops.adapt_norm_scale)
-        self._moments = on_backend(ops.adapt_norm_moments)
+        self._moments, self._low_bit = on_backend(ops.adapt_norm_moments), on_backend(ops.adapt_norm_low_bit_adam)
         self._step_size, self._perturb = on_backend(ops.step_size), on_backend(ops.perturb)
         self._restore, self._difference = on_backend(ops.restore), on_backend(ops.central_difference)
 
@@ -61,6 +61,14 @@ class Library:
         norm_sq: Tensor = self._adam(
             self.v, x.grads, x.m, x.w, [], [], x.steps, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=0.0,
             maximize=False, mode=ops.PAPER,
+        )  # fmt: skip
+        return norm_sq
+
+    def adapt_norm_adam8bit(self) -> Tensor:
+        x = self.inputs
+        norm_sq: Tensor = self._low_bit(
+            self.v, x.grads, *x.stored, x.steps, block_size=PER_SCALE, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS,
+            mode=ops.PAPER,
         )  # fmt: skip
         return norm_sq
 
@@ -140,6 +148,14 @@ class Foreach:
         foreach_adam(self.v, x.grads, x.m, x.w, lr=LR, betas=(BETA1, BETA2), eps=EPS, step=STEP)
         return self.norm_sq()
 
+    def adapt_norm_adam8bit(self) -> Tensor:
+        """One tensor at a time, so that there is memory for its moments only."""
+        *stored, grads = (*self.inputs.stored, self.inputs.grads)
+        for v, grad, *parts in zip(self.v, grads, *stored, strict=True):
+            m, w = (dequantised(*moment).view(v.shape) for moment in (parts[:3], parts[3:]))
+            foreach_adam([v], [grad], [m], [w], lr=LR, betas=(BETA1, BETA2), eps=EPS, step=STEP)
+        return self.norm_sq()
+
     def adapt_norm_rmsprop(self) -> Tensor:
         foreach_ratio(self.v, self.inputs.grads, None, self.inputs.w, RMSPROP)
         return self.norm_sq()
@@ -208,6 +224,12 @@ def foreach_adam(
     torch._foreach_mul_(q, q)
     torch._foreach_div_(numerator, q)
     torch._foreach_mul_(v, numerator)
+
+
+def dequantised(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
+    """The numbers that 8-bit codes stand for, float32, flat."""
+    values = torch.nn.functional.pad(table[codes.int()], (0, -codes.numel() % PER_SCALE)).view(-1, PER_SCALE)
+    return values.mul_(scales[:, None]).flatten()[: codes.numel()]
 
 
 def foreach_ratio(

@@ -15,6 +15,7 @@ from sama_kernels.backends.reference import (
     STOCHASTIC,
 )
 from sama_kernels.ops.adapt_norm import adapt_norm_adam, adapt_norm_scale
+from sama_kernels.ops.adapt_norm_low_bit import adapt_norm_low_bit_adam
 from sama_kernels.ops.adapt_norm_moments import adapt_norm_moments
 from sama_kernels.ops.central_difference import central_difference
 from sama_kernels.ops.perturb import perturb
@@ -35,6 +36,7 @@ __all__ = [
     "RATIO",
     "STOCHASTIC",
     "adapt_norm_adam",
+    "adapt_norm_low_bit_adam",
     "adapt_norm_moments",
     "adapt_norm_scale",
     "central_difference",
