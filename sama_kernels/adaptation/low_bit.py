@@ -18,6 +18,7 @@ from torch import Tensor
 from sama_kernels import ops
 from sama_kernels.adaptation.general import moved
 from sama_kernels.adaptation.plan import Family, GroupStep, OpCall
+from sama_kernels.distributed.sharded import local
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _calls(step: GroupStep, read: Reader) -> list[OpCall]:
     """One call for the parameters with quantised moments (per block size; there is one), one for the others."""
     state = step.optimizer.state
     calls: dict[int, list[int]] = {}
-    moments = {i: read(state[step.params[i]]) for i in moved(step) if state.get(step.params[i])}
+    moments = {i: read(local(state[step.params[i]])) for i in moved(step) if state.get(step.params[i])}
     for i, (m, _) in moments.items():
         calls.setdefault(m.block_size if isinstance(m, Stored) else 0, []).append(i)
     counters = _counters([state[step.params[i]]["step"] for i in moments])
