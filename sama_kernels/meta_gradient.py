@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
 from sama_kernels import backends, checks, clipping, differences, ops, scaling
-from sama_kernels.distributed import Adapt, CommHook, arguments, quiet, ranks_of, sharded
+from sama_kernels.algorithms import Algorithm, Sama, SamaNA, second_order
+from sama_kernels.algorithms.options import resolve
+from sama_kernels.direction import adaptation_of
+from sama_kernels.distributed import CommHook, arguments, quiet, ranks_of, sharded
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
 from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
@@ -47,6 +50,7 @@ def meta_grad(
     weight: float | tuple[float, float] | None = None,
     bucket_mib: float = 25.0,
     comm_hook: CommHook | None = None,
+    algorithm: str | Algorithm = "sama",
 ) -> MetaGradient:
     """The SAMA meta gradient dL_meta/dlambda (paper, Eq. 5), from three first-order passes.
 
@@ -106,6 +110,10 @@ def meta_grad(
         bucket_mib: gradients are sent in buckets of this size, in MiB.
         comm_hook: sends a bucket in place of all_reduce: a communication hook (group, bucket) -> future of the average,
             such as torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_hook.
+        algorithm: "sama", "sama_na", or another one: "t1_t2", "neumann", "conjugate_gradient", "nystrom", "truncated",
+            "iterative", or one of `sama_kernels.algorithms` with its options, such as Neumann(terms=10). These need
+            second derivatives of base_loss and the memory of its graph; alpha, difference, hold and rounding do not
+            concern them.
     Returns:
         `MetaGradient`. If ||v|| is zero, tiny or not finite (at Adam's first step D is 0 by nature), `degenerate` is
         True and nothing was moved.
@@ -114,6 +122,8 @@ def meta_grad(
     Afterwards, also after an error or Ctrl-C, parameters (unless update_base), `.grad`, buffers and the states of the
     random number generators are what they were, bit for bit. Extra memory: one buffer of theta's size.
     """
+    chosen = resolve(algorithm)
+    adaptation = "none" if isinstance(chosen, SamaNA) else adaptation
     synchronisation = arguments.synchronisation(sync, group, weight, bucket_mib, comm_hook)
     checks.choice("adaptation", adaptation, checks.ADAPTATIONS)
     checks.choice("hold", hold, checks.HOLDS)
@@ -162,7 +172,7 @@ def meta_grad(
         owned=sharded.managed(fsdp),
     )
     arguments.same_direction(problem)
-    return _sama(problem)
+    return _sama(problem) if isinstance(chosen, Sama | SamaNA) else second_order(problem, chosen)
 
 
 def _rounding_seed(seed: int | None, optimizer: torch.optim.Optimizer | None) -> int:
@@ -219,7 +229,7 @@ def _sama(problem: Problem) -> MetaGradient:
         ranks_of(problem) as ranks,
         quiet(problem.reached),
     ):
-        ranks.adapt = _adaptation(problem)
+        ranks.adapt = adaptation_of(problem)
         # 1. The direct gradient d.
         meta = direct_gradient(problem, ranks, interrupts)
         # 2. v = D d, in the memory of d.
@@ -237,33 +247,6 @@ def _sama(problem: Problem) -> MetaGradient:
     return MetaGradient(
         out.grads, *out.losses, out.size.norm, out.size.epsilon, out.size.degenerate, realised, alignment
     )
-
-
-def _adaptation(problem: Problem) -> Adapt:
-    """What turns d into v = D d, and gives the parts of ||v||^2 over all ranks."""
-    plan = adaptations.plan(
-        problem.optimizer, problem.step_params, problem.adaptation,
-        name=problem.step_params_name, skipped=problem.skipped is True,
-    )  # fmt: skip
-    clipped = clipping.gradients(problem)
-
-    def adapt(v: list[Tensor | None]) -> list[Tensor]:
-        return clipping.apply(problem, clipped, v, adaptations.apply(plan, v, problem.backend))
-
-    divided = sharded.by_groups(problem.base_params, range(len(problem.base_params)))
-    if set(divided) == {()}:
-        return adapt
-
-    def adapt_parts(v: list[Tensor | None]) -> list[Tensor]:
-        norm_sqs = []
-        for groups, rows in divided.items():
-            part = [x if row in rows else None for row, x in enumerate(v)]
-            norm_sqs.append(sharded.sum_over(torch.stack(adapt(part)).sum(), groups))
-            for row in rows:
-                v[row] = part[row]
-        return norm_sqs
-
-    return adapt_parts
 
 
 def _realised(step: Tensor | None, length: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,89 @@
+"""The base gradient g(theta, lambda) with its graph: products with the Hessian and with the mixed derivative."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sama_kernels import checks
+from sama_kernels.guards import Interrupts
+from sama_kernels.types import Closure
+
+Vector = list[Tensor]
+"""One tensor per base parameter."""
+
+
+class BaseGradient:
+    """g = dL_base/dtheta, kept with its graph.
+
+    Arguments:
+        losses: closures whose losses are summed; called once, here.
+    Raises:
+        ValueError: a loss is no scalar or reads none of the parameters.
+        NotImplementedError: an operator has no second derivative.
+    """
+
+    def __init__(
+        self, losses: Sequence[Closure], theta: Sequence[Tensor], lam: Sequence[Tensor], interrupts: Interrupts
+    ) -> None:
+        self._theta, self._lam, self._interrupts = theta, lam, interrupts
+        with torch.enable_grad(), interrupts.allowed(), _second_derivatives():
+            total = torch.zeros((), device=theta[0].device)
+            for loss in losses:
+                value = loss()
+                checks.scalar_loss("base_loss", value, "meta_params")
+                total = total + value.reshape(())
+            g = torch.autograd.grad(total, theta, create_graph=True, allow_unused=True)
+        self.loss = total.detach()
+        self._rows = [row for row, x in enumerate(g) if x is not None and x.requires_grad]
+        self._g = [x for x in g if x is not None and x.requires_grad]
+        if not self._g:
+            raise ValueError("base_loss: its gradient in base_params does not depend on any parameter")
+
+    def hessian_product(self, w: Vector) -> Vector:
+        """H w; zeros for parameters that the loss does not read."""
+        return self._product(self._theta, w)
+
+    def mixed_product(self, w: Vector) -> Vector:
+        """(d^2 L_base / dlambda dtheta) w, one tensor per meta parameter; zeros where lambda is not read.
+
+        Raises:
+            ValueError: no base gradient depends on lambda.
+        """
+        return self._product(self._lam, w, name="meta_params")
+
+    def _product(self, inputs: Sequence[Tensor], w: Vector, name: str = "") -> Vector:
+        with self._interrupts.allowed(), _second_derivatives():
+            along = [w[row] for row in self._rows]
+            found = torch.autograd.grad(self._g, inputs, along, retain_graph=True, allow_unused=True)
+        if name and all(x is None for x in found):
+            raise ValueError(f"{name}: the base gradient does not depend on any of them (all derivatives are None)")
+        return [torch.zeros_like(x) if y is None else y.detach() for x, y in zip(inputs, found, strict=True)]
+
+
+@contextlib.contextmanager
+def _second_derivatives() -> Iterator[None]:
+    """torch's errors about missing second derivatives as one that names the cure."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error) and "double backward" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"algorithm: it needs second derivatives of base_loss ({str(error).partition(chr(10))[0]}); use"
+            ' "sama", which needs none, or if this is fused attention, unfused attention (attn_implementation="eager" in'
+            " transformers, or torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+        ) from error
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    """<a, b> in float64, 0-dim."""
+    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def axpy(a: Vector, factor: float | Tensor, b: Vector) -> Vector:
+    """a + factor b."""
+    return [x + (factor * y).to(x.dtype) for x, y in zip(a, b, strict=True)]

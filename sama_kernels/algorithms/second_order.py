@@ -1,0 +1,111 @@
+"""A meta step of an algorithm with second derivatives: the same guards, the same result as SAMA's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sama_kernels import scaling
+from sama_kernels.algorithms.hessian import BaseGradient, Vector, dot
+from sama_kernels.algorithms.implicit import solve
+from sama_kernels.algorithms.options import Algorithm, Iterative
+from sama_kernels.algorithms.unrolled import Unroll
+from sama_kernels.direction import adaptation_of
+from sama_kernels.distributed import Alone, quiet, ranks_of
+from sama_kernels.distributed.sharded import is_sharded
+from sama_kernels.guards import Interrupts, RngState
+from sama_kernels.passes import buffer_guard, direct_gradient
+from sama_kernels.types import MetaGradient, Problem
+
+
+def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
+    """The meta gradient by `algorithm`, which is not SAMA.
+
+    `norm` is that of w (of the meta gradient, for Iterative), `epsilon` is 0, and both base losses are that at theta.
+    With several processes the meta gradients are averaged after the passes.
+    """
+    _check(problem, algorithm)
+    with (
+        Interrupts() as interrupts,
+        torch.no_grad(),
+        RngState({p.device for p in problem.base_params}) as rng,
+        buffer_guard(problem) as buffers,
+        ranks_of(problem) as ranks,
+        quiet(problem.reached),
+    ):
+        if isinstance(algorithm, Iterative):
+            out = Unroll(problem, algorithm, rng, interrupts).run()
+            grads = [
+                torch.zeros_like(p) if g is None else g.neg()
+                for p, g in zip(problem.meta_params, out.grads, strict=True)
+            ]
+            explicit: list[Tensor | None] = [None] * len(grads)
+            meta_loss, base_loss, norm = out.loss, out.base_loss, dot(grads, grads).sqrt()
+        else:
+            meta = direct_gradient(problem, ranks, interrupts)
+            d = [torch.zeros_like(p) if x is None else x for p, x in zip(problem.base_params, meta.d, strict=True)]
+            rng.restore()
+            buffers.restore()
+            g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, interrupts)
+            w = solve(algorithm, g, d, lambda x: _adapted(problem, x))
+            grads, explicit = g.mixed_product(w), meta.explicit
+            meta_loss, base_loss, norm = meta.loss, g.loss, dot(w, w).sqrt()
+        return _result(problem, ranks, grads, explicit, meta_loss, base_loss, norm)
+
+
+def _check(problem: Problem, algorithm: Algorithm) -> None:
+    name = type(algorithm).__name__
+    if problem.update_base:
+        raise ValueError(f"update_base: it is a part of SAMA; {name} does not move theta")
+    if problem.loss_scale is not None:
+        raise NotImplementedError(f"grad_scaler: {name} takes losses as they are; use autocast to bfloat16, or SAMA")
+    if problem.synchronisation is not None and problem.synchronisation.sync == "full":
+        raise NotImplementedError(
+            f'sync: "full" is for SAMA; with {name} use "final", which averages the meta gradients'
+        )
+    if any(is_sharded(p) for p in (*problem.base_params, *problem.meta_params)):
+        raise NotImplementedError(f"base_params, meta_params: {name} does not take sharded parameters; use SAMA")
+
+
+def _adapted(problem: Problem, w: Vector) -> Vector:
+    """D w, in new memory; 0 where the optimizer has not moved theta."""
+    v: list[Tensor | None] = [x.clone() for x in w]
+    adaptation_of(problem)(v)
+    return [torch.zeros_like(x) if y is None else y for x, y in zip(w, v, strict=True)]
+
+
+def _result(
+    problem: Problem,
+    ranks: Alone,
+    mixed: Vector,
+    explicit: Sequence[Tensor | None],
+    meta_loss: Tensor,
+    base_loss: Tensor,
+    norm: Tensor,
+) -> MetaGradient:
+    """-mixed + explicit, averaged over the ranks."""
+    degenerate = ~(norm.isfinite() & (norm > 0))
+
+    def form(rows: Sequence[int], first: list[Tensor | None], last: Sequence[Tensor | None]) -> list[Tensor]:
+        formed = []
+        for row, x in zip(rows, first, strict=True):
+            assert x is not None
+            base_share, meta_share = ranks.shares_of(row)
+            x.copy_(torch.where(degenerate, 0.0, -x * base_share))
+            for term in scaling.explicit_terms(problem, [explicit[row]], meta_share):
+                x += torch.where(norm.isfinite(), term, 0.0)
+            formed.append(x)
+        return formed
+
+    ranks.begin_last_pass(mixed, form)
+    grads = ranks.meta_gradient([None] * len(mixed))
+    losses = (meta_loss, base_loss, base_loss)
+    verdict = ranks.conclude(losses, degenerate, norm, None)
+    if verdict is not None:
+        degenerate = verdict.degenerate | verdict.bad
+        grads = [torch.where(verdict.bad, 0.0, x) for x in grads]
+        meta_loss, base_loss, _ = (x.to(own.dtype) for x, own in zip(verdict.losses, losses, strict=True))
+    out = tuple(x.to(p.dtype) for x, p in zip(grads, problem.meta_params, strict=True))
+    return MetaGradient(out, meta_loss, base_loss, base_loss, norm, torch.zeros_like(norm), degenerate)

@@ -1,0 +1,201 @@
+"""One step of the real base optimizer as a differentiable function, and reverse mode through several of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sama_kernels.algorithms.options import Iterative
+from sama_kernels.guards import Interrupts, RngState
+from sama_kernels.types import Closure, Problem
+
+State = list[dict[str, Any]]
+"""The optimizer's state, one dict per base parameter."""
+
+
+@dataclass
+class Unrolled:
+    """The meta loss after some steps, 0-dim, its gradients with respect to lambda, and the first step's base loss."""
+
+    loss: Tensor
+    grads: list[Tensor | None]
+    base_loss: Tensor
+
+
+class Unroll:
+    """Steps theta <- theta - u(g) from where theta and the optimizer's state are; neither is changed."""
+
+    def __init__(self, problem: Problem, options: Iterative, rng: RngState, interrupts: Interrupts) -> None:
+        self._problem, self._options, self._interrupts = problem, options, interrupts
+        self._devices = {p.device for p in problem.base_params}
+        assert problem.optimizer is not None  # checks.held_by
+        self._optimizer: Optimizer = problem.optimizer
+        if "differentiable" not in self._optimizer.defaults:
+            raise NotImplementedError(
+                f"algorithm: Iterative differentiates the optimizer's own step, and {type(self._optimizer).__name__} has"
+                ' no option `differentiable`; use "truncated", or SGD, Adam, AdamW or another optimizer of torch.optim'
+            )
+        losses = problem.base_losses
+        if options.per_step and len(losses) != options.steps:
+            raise ValueError(
+                f"base_loss: {len(losses)} closures for {options.steps} steps; with per_step=True pass one for each step"
+            )
+        self._places = _places(problem.reached, problem.base_params)
+
+    def run(self) -> Unrolled:
+        """All steps, the meta loss after them, and back."""
+        return self._checkpointed() if self._options.checkpoint else self._one_graph()
+
+    def _one_graph(self) -> Unrolled:
+        problem = self._problem
+        with torch.enable_grad():
+            theta, state = list(problem.base_params), self._state()
+            base_loss: Tensor | None = None
+            for step in range(self._options.steps):
+                theta, state, loss = self._step(step, theta, state)
+                base_loss = loss if base_loss is None else base_loss
+            meta_loss = self._at(theta, [problem.meta_loss])
+            with self._interrupts.allowed():
+                grads = torch.autograd.grad(meta_loss, problem.meta_params, allow_unused=True)
+        assert base_loss is not None
+        return Unrolled(meta_loss.detach(), list(grads), base_loss)
+
+    def _checkpointed(self) -> Unrolled:
+        """Forward without graphs, keeping what each step began with; then each step again, from the last, with one."""
+        problem, lam = self._problem, self._problem.meta_params
+        kept: list[tuple[list[Tensor], State, RngState]] = []
+        theta, state = [p.detach() for p in problem.base_params], self._state()
+        losses = []
+        for step in range(self._options.steps):
+            kept.append((theta, state, RngState(self._devices)))
+            with torch.enable_grad():
+                theta, state, loss = self._step(step, _leaves(theta), state)
+            theta, state = [x.detach() for x in theta], [_detached(s) for s in state]
+            losses.append(loss)
+        with torch.enable_grad(), self._interrupts.allowed():
+            theta = _leaves(theta)
+            meta_loss = self._at(theta, [problem.meta_loss])
+            found = torch.autograd.grad(meta_loss, [*theta, *lam], allow_unused=True)
+        adjoint: list[Tensor | None] = list(found[: len(theta)])
+        sums: list[Tensor | None] = list(found[len(theta) :])
+        state_adjoint: list[Tensor | None] = [None] * len(_floats(state))
+        for step in reversed(range(self._options.steps)):
+            theta, state, rng = kept.pop()
+            rng.restore()
+            with torch.enable_grad(), self._interrupts.allowed():
+                theta, state = _leaves(theta), [_with_leaves(s) for s in state]
+                carried = _floats(state)
+                after, after_state, _ = self._step(step, theta, state)
+                outputs = [*after, *_floats(after_state)]
+                pairs = [
+                    (y, a) for y, a in zip(outputs, [*adjoint, *state_adjoint], strict=True)
+                    if a is not None and y.requires_grad
+                ]  # fmt: skip
+                found = torch.autograd.grad(
+                    [y for y, _ in pairs], [*theta, *carried, *lam], [a for _, a in pairs], allow_unused=True
+                )
+            adjoint, state_adjoint = list(found[: len(theta)]), list(found[len(theta) : len(theta) + len(carried)])
+            own = found[len(theta) + len(carried) :]
+            sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, own, strict=True)]
+        return Unrolled(meta_loss.detach(), sums, losses[0])
+
+    def _step(self, step: int, theta: Sequence[Tensor], state: State) -> tuple[list[Tensor], State, Tensor]:
+        """theta and the state after one step, with their graph, and L_base before it."""
+        losses = self._problem.base_losses
+        loss = self._at(theta, losses[step : step + 1] if self._options.per_step else losses)
+        with self._interrupts.allowed():
+            grads = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        # The optimizer works in place, and what it overwrites is part of the graph.
+        moved = [x.clone() for x in theta]
+        optimizer = self._copy_of_optimizer(moved)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            for x, g, s in zip(moved, grads, state, strict=True):
+                x.grad = g
+                if s:
+                    optimizer.state[x] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in s.items()}
+            optimizer.step()
+            for x in moved:
+                x.grad = None
+        return moved, [dict(optimizer.state.get(x, {})) for x in moved], loss.detach()
+
+    def _copy_of_optimizer(self, theta: Sequence[Tensor]) -> Any:
+        of = {id(p): x for p, x in zip(self._problem.base_params, theta, strict=True)}
+        groups = [
+            {**group, "params": [of[id(p)] for p in group["params"] if id(p) in of], **_DIFFERENTIABLE}
+            for group in self._optimizer.param_groups
+        ]
+        make: Any = type(self._optimizer)
+        return make([g for g in groups if g["params"]], differentiable=True)
+
+    def _at(self, theta: Sequence[Tensor], losses: Sequence[Closure]) -> Tensor:
+        """The sum of the losses with `theta` in the place of the base parameters."""
+        with _substituted(self._places, theta), self._interrupts.allowed():
+            values = [loss().reshape(()) for loss in losses]
+        return torch.stack(values).sum()
+
+    def _state(self) -> State:
+        return [_detached(self._optimizer.state.get(p, {})) for p in self._problem.base_params]
+
+
+_DIFFERENTIABLE = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
+
+Place = tuple[dict[str, Any], str, int]
+"""`_parameters` of a module, a name in it, and the row of the parameter."""
+
+
+def _places(modules: Sequence[nn.Module], params: Sequence[Tensor]) -> list[Place]:
+    row_of = {id(p): row for row, p in enumerate(params)}
+    places: list[Place] = [
+        (module._parameters, name, row_of[id(p)])
+        for module in modules
+        for name, p in module._parameters.items()
+        if id(p) in row_of
+    ]
+    missing = set(range(len(params))) - {row for *_, row in places}
+    if missing:
+        raise ValueError(
+            f"base_params: tensor {min(missing)} was found in no module, where Iterative has to exchange it; let the"
+            " closures reach its module through a variable, an attribute or an argument (of functools.partial)"
+        )
+    return places
+
+
+@contextmanager
+def _substituted(places: Sequence[Place], theta: Sequence[Tensor]) -> Iterator[None]:
+    before = [parameters[name] for parameters, name, _ in places]
+    try:
+        for parameters, name, row in places:
+            parameters[name] = theta[row]
+        yield
+    finally:
+        for (parameters, name, _), p in zip(places, before, strict=True):
+            parameters[name] = p
+
+
+def _leaves(theta: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().requires_grad_() for x in theta]
+
+
+def _detached(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: x.detach() if isinstance(x, Tensor) else x for key, x in state.items()}
+
+
+def _with_leaves(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: x.detach().requires_grad_() if _is_carried(key, x) else x for key, x in state.items()}
+
+
+def _floats(state: State) -> list[Tensor]:
+    """What a step carries to the next one, besides theta."""
+    return [x for s in state for key, x in s.items() if _is_carried(key, x)]
+
+
+def _is_carried(key: str, x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and key != "step"

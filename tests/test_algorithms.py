@@ -1,0 +1,259 @@
+"""The implicit algorithms: closed forms on quadratic problems, the order of convergence, and SAMA where they must agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from problems import OPTIMIZERS, after_steps, flat, meta_grad, relative_error, same_bits, snapshot, weight_net
+from torch import Tensor, nn
+
+import sama_kernels as sk
+from sama_kernels.algorithms import T1T2, ConjugateGradient, Neumann, Nystrom, Truncated
+
+N, M = 7, 3
+
+
+@dataclass
+class Quadratic:
+    """L_base = theta^T A theta / 2 - theta^T B lambda, L_meta = |theta - c|^2 / 2 (+ lambda^T e, explicit)."""
+
+    net: nn.ParameterList
+    lam: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    e: Tensor
+
+    @classmethod
+    def random(cls, seed: int, spread: float = 3.0) -> Quadratic:
+        torch.manual_seed(seed)
+        q = torch.linalg.qr(torch.randn(N, N, dtype=torch.float64)).Q
+        a = q @ torch.diag(torch.linspace(0.5, 0.5 + spread, N, dtype=torch.float64)) @ q.T
+        net = nn.ParameterList([torch.randn(4, 1, dtype=torch.float64), torch.randn(3, dtype=torch.float64)])
+        lam = torch.randn(M, dtype=torch.float64, requires_grad=True)
+        b, c, e = (torch.randn(s, dtype=torch.float64) for s in ((N, M), (N,), (M,)))
+        return cls(net, lam, a, b, c, e)
+
+    @property
+    def theta(self) -> Tensor:
+        return torch.cat([p.flatten() for p in self.net])
+
+    def base_loss(self) -> Tensor:
+        return self.theta @ self.a @ self.theta / 2 - self.theta @ self.b @ self.lam
+
+    def meta_loss(self) -> Tensor:
+        return (self.theta - self.c).square().sum() / 2 + self.lam @ self.e
+
+    def exact(self, inverse: Tensor) -> Tensor:
+        """-(d^2 L_base / dlambda dtheta) H^-1 d + explicit, the mixed derivative being -B^T."""
+        return self.b.T @ inverse @ (self.theta - self.c).detach() + self.e
+
+    def run(self, algorithm: Any, optimizer: Any = None, **options: Any) -> Tensor:
+        if optimizer is None:
+            options = {"adaptation": "none", **options}
+        out = sk.meta_grad(
+            self.base_loss, self.meta_loss, base_params=self.net, meta_params=[self.lam], optimizer=optimizer,
+            algorithm=algorithm, **options,
+        )  # fmt: skip
+        assert not out.degenerate
+        torch.testing.assert_close(out.meta_loss, self.meta_loss().detach())
+        torch.testing.assert_close(out.base_loss_plus, self.base_loss().detach())
+        return out.grads[0]
+
+    def sgd(self, lr: float) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=lr)
+        self.base_loss().backward()
+        optimizer.step()
+        self.lam.grad = None
+        return optimizer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_conjugate_gradients_end_at_the_exact_inverse(seed: int) -> None:
+    q = Quadratic.random(seed)
+    errors = [relative_error(q.run(ConjugateGradient(iterations=k)), q.exact(q.a.inverse())) for k in (1, N, 3 * N)]
+    assert errors[0] > 1e-3 and errors[1] < 1e-9 and errors[2] < 1e-9  # and stay there
+    damped = q.exact((q.a + 0.7 * torch.eye(N)).inverse())
+    assert relative_error(q.run(ConjugateGradient(iterations=N, damping=0.7)), damped) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_neumann_converges_at_the_rate_of_its_series(seed: int) -> None:
+    """The error after K terms is (I - eta A)^(K+1) A^-1 d: known to the last digit."""
+    q, eta = Quadratic.random(seed), 0.3
+    step = torch.eye(N) - eta * q.a
+    for terms in (1, 2, 5, 20):
+        rest = torch.linalg.matrix_power(step, terms + 1) @ q.a.inverse()
+        assert relative_error(q.run(Neumann(terms=terms, step_size=eta)), q.exact(q.a.inverse() - rest)) < 1e-12
+    assert relative_error(q.run(Neumann(terms=300, step_size=eta)), q.exact(q.a.inverse())) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nystrom(seed: int) -> None:
+    q = Quadratic.random(seed)
+    full = q.exact((q.a + 0.1 * torch.eye(N)).inverse())
+    assert relative_error(q.run(Nystrom(rank=N, damping=0.1)), full) < 1e-9
+    torch.manual_seed(5)
+    chosen = torch.randperm(N)[:3]
+    columns = q.a[:, chosen]
+    low_rank = columns @ torch.linalg.pinv(q.a[chosen][:, chosen]) @ columns.T
+    torch.manual_seed(5)
+    got = q.run(Nystrom(rank=3, damping=0.1))
+    assert relative_error(got, q.exact((low_rank + 0.1 * torch.eye(N)).inverse())) < 1e-9
+    assert relative_error(got, full) > 1e-3
+
+
+def test_truncated_is_the_series_of_the_optimizers_own_steps() -> None:
+    q = Quadratic.random(0)
+    optimizer = q.sgd(0.2)
+    for steps in (1, 4):
+        series = sum(torch.linalg.matrix_power(torch.eye(N) - 0.2 * q.a, k) for k in range(steps))
+        assert relative_error(q.run(Truncated(steps=steps), optimizer), q.exact(0.2 * series)) < 1e-12
+    assert relative_error(q.run(Truncated(steps=400), optimizer), q.exact(q.a.inverse())) < 1e-9
+
+
+def test_all_agree_with_sama_where_the_hessian_is_the_identity() -> None:
+    q = Quadratic.random(1, spread=0.0)
+    q.a = torch.eye(N).double()
+    expected = q.exact(torch.eye(N).double())
+    for algorithm in (
+        "sama_na",
+        "t1_t2",
+        ConjugateGradient(iterations=1),
+        Neumann(step_size=1.0),
+        Nystrom(rank=N, damping=1e-9),
+    ):
+        assert relative_error(q.run(algorithm, alpha=1e-3), expected) < 1e-6, algorithm
+    optimizer = q.sgd(0.3)
+    expected = q.exact(0.3 * torch.eye(N).double())
+    for algorithm in ("sama", T1T2(adapt=True), ConjugateGradient(adapt=True, iterations=1), Truncated(steps=1)):
+        assert relative_error(q.run(algorithm, optimizer, alpha=1e-3), expected) < 1e-6, algorithm
+
+
+@pytest.mark.parametrize("case", range(len(OPTIMIZERS)))
+@pytest.mark.parametrize("adaptation", ["paper", "exact"])
+def test_t1_t2_with_adaptation_is_sama_with_an_exact_derivative(case: int, adaptation: str) -> None:
+    """For a net with weights that are functions of the losses (stop_gradient), of every optimizer."""
+    problem = weight_net(3)
+    optimizer = after_steps(problem, case)
+    before = snapshot(problem.theta)
+    sama = meta_grad(problem, optimizer, difference="exact", adaptation=adaptation)
+    t1_t2 = meta_grad(problem, optimizer, algorithm=T1T2(adapt=True), adaptation=adaptation)
+    assert relative_error(flat(t1_t2.grads), flat(sama.grads)) < 1e-10
+    torch.testing.assert_close(t1_t2.norm, sama.norm)
+    truncated = meta_grad(problem, optimizer, algorithm=Truncated(steps=1), adaptation=adaptation)
+    assert relative_error(flat(truncated.grads), flat(sama.grads)) < 1e-10
+    assert all(same_bits(a, b) for a, b in zip(before, problem.theta, strict=True))
+
+
+@pytest.mark.parametrize("case", [0, 2, 4])
+def test_adaptation_multiplies_the_solution(case: int) -> None:
+    """w <- D w (paper, Eq. 4): against the Hessian written out, and D by autograd through the optimizer's step."""
+    problem = weight_net(4)
+    optimizer = after_steps(problem, case)
+    for algorithm, inverse in (
+        (
+            Neumann(adapt=True, terms=2, step_size=0.5),
+            lambda h, i: 0.5 * (i + (i - 0.5 * h) + (i - 0.5 * h) @ (i - 0.5 * h)),
+        ),
+        (ConjugateGradient(adapt=True, iterations=70, damping=1.0), lambda h, i: (h + i).inverse()),
+    ):
+        hessian, mixed = written_out(problem)
+        d = flat(torch.autograd.grad(problem.meta_loss(), problem.theta))
+        w = inverse(hessian, torch.eye(len(d)).double()) @ d
+        adapted = flat(diagonal(problem, optimizer)) * w
+        got = flat(meta_grad(problem, optimizer, algorithm=algorithm, adaptation="exact").grads)
+        assert relative_error(got, -mixed @ adapted) < 1e-7
+
+
+def written_out(problem: Any) -> tuple[Tensor, Tensor]:
+    g = flat_graph(torch.autograd.grad(problem.base_loss(), problem.theta, create_graph=True))
+    rows = [torch.autograd.grad(x, (*problem.theta, *problem.lam), retain_graph=True) for x in g]
+    n = len(problem.theta)
+    return torch.stack([flat(r[:n]) for r in rows]), torch.stack([flat(r[n:]) for r in rows]).T
+
+
+def flat_graph(tensors: Any) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def diagonal(problem: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """D = du/dg with the library's own adaptation, which tests/test_adaptation*.py hold against autograd."""
+    from sama_kernels import adaptation as adaptations
+
+    v: list[Any] = [torch.ones_like(p) for p in problem.theta]
+    adaptations.apply(adaptations.plan(optimizer, problem.theta, "exact"), v, "reference")
+    return v
+
+
+def test_dropout_is_that_of_one_function() -> None:
+    """All Hessian products are on one graph, so the result is that of one draw of masks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 1)).double()
+    lam = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 1).double()
+
+    def base_loss() -> Tensor:
+        return (torch.sigmoid(lam) * (net(x) - y).square().squeeze(1)).mean() + 0.1 * sum(
+            p.square().sum() for p in net.parameters()
+        )
+
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        out = sk.meta_grad(
+            base_loss, lambda: (net(x) - y).square().mean(), base_params=net, meta_params=[lam], optimizer=None,
+            adaptation="none", algorithm=ConjugateGradient(iterations=40),
+        )  # fmt: skip
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append(out.grads[0])
+    assert torch.equal(*results)
+
+
+ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "name": ({"algorithm": "maml"}, ValueError, r"algorithm: 'maml' is none of 'sama', 'sama_na', 't1_t2'"),
+    "type": ({"algorithm": 3}, TypeError, r"algorithm: expected a name or an options object"),
+    "update": ({"algorithm": "neumann", "update_base": True}, ValueError, r"update_base: it is a part of SAMA"),
+    "damping": ({"algorithm": Nystrom(damping=0.0)}, ValueError, r"algorithm: Nystrom needs damping > 0"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    options, error, message = ERRORS[name]
+    problem = weight_net(0)
+    optimizer = after_steps(problem, 0)
+    with pytest.raises(error, match=message):
+        meta_grad(problem, optimizer, **options)
+
+
+@pytest.mark.parametrize("make", [lambda: Neumann(terms=0), lambda: Neumann(step_size=-1.0), lambda: T1T2(adapt=1)])
+def test_options_are_checked(make: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="algorithm: (Neumann|T1T2): "):
+        make()
+
+
+def test_missing_second_derivatives_are_explained() -> None:
+    net = nn.Linear(4, 4)
+    lam = torch.ones((), requires_grad=True)
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g * 2
+
+    x = torch.randn(3, 4)
+    with pytest.raises(NotImplementedError, match="algorithm: it needs second derivatives"):
+        sk.meta_grad(
+            lambda: lam * Once.apply(net(x)).square().mean(), lambda: net(x).square().mean(), base_params=net,
+            meta_params=[lam], optimizer=None, adaptation="none", algorithm="neumann",
+        )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Reverse mode through real optimizer steps, against differences of the meta loss after really making them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from problems import Bilevel, flat, meta_grad, relative_error, same_bits, snapshot, weight_net
+from torch import Tensor
+
+import sama_kernels as sk
+from sama_kernels.algorithms import Iterative
+
+OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1}),
+    (torch.optim.AdamW, {"lr": 0.02}),
+    (torch.optim.NAdam, {"lr": 0.02}),
+    (torch.optim.RAdam, {"lr": 0.02}),
+    (torch.optim.Adagrad, {"lr": 0.1}),
+    (torch.optim.Adadelta, {"lr": 1.0, "eps": 1e-3}),
+    (torch.optim.RMSprop, {"lr": 0.02, "momentum": 0.5, "centered": True, "eps": 1e-2}),
+    (torch.optim.Adamax, {"lr": 0.02}),
+    (torch.optim.ASGD, {"lr": 0.1}),
+]
+
+
+def trained(case: int) -> tuple[Bilevel, torch.optim.Optimizer]:
+    problem = weight_net(case, recorded=False)
+    optimizer_type, options = OPTIMIZERS[case]
+    optimizer = optimizer_type(problem.theta, **options)
+    for _ in range(3):
+        problem.step(optimizer)
+    return problem, optimizer
+
+
+def after_steps(problem: Bilevel, optimizer: torch.optim.Optimizer, steps: int, lam: Tensor) -> float:
+    """The meta loss after really making `steps` steps with this lambda; everything is put back."""
+    theta, state, old = snapshot(problem.theta), copy.deepcopy(optimizer.state_dict()), snapshot(problem.lam)
+    with torch.no_grad():
+        for p, part in zip(problem.lam, torch.split(lam, [p.numel() for p in problem.lam]), strict=True):
+            p.copy_(part.view(p.shape))
+    grads = [p.grad for p in (*problem.theta, *problem.lam)]
+    for _ in range(steps):
+        for p in problem.theta:
+            p.grad = None
+        problem.base_loss().backward()
+        optimizer.step()
+    loss = float(problem.meta_loss())
+    with torch.no_grad():
+        for p, value in zip((*problem.theta, *problem.lam), (*theta, *old), strict=True):
+            p.copy_(value)
+    optimizer.load_state_dict(state)
+    for p, grad in zip((*problem.theta, *problem.lam), grads, strict=True):
+        p.grad = grad
+    return loss
+
+
+@pytest.mark.parametrize("case", range(len(OPTIMIZERS)), ids=[t.__name__ for t, _ in OPTIMIZERS])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_iterative_is_the_derivative_of_the_real_steps(case: int, steps: int) -> None:
+    problem, optimizer = trained(case)
+    lam = flat(problem.lam)
+    torch.manual_seed(case)
+    direction, h = torch.randn_like(lam), 1e-3
+    values = [after_steps(problem, optimizer, steps, lam + k * h * direction) for k in (-2, -1, 1, 2)]
+    expected = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)  # of fourth order
+    before = snapshot((*problem.theta, *problem.lam))
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    for checkpoint in (False, True):
+        out = meta_grad(problem, optimizer, algorithm=Iterative(steps=steps, checkpoint=checkpoint))
+        got = float(flat(out.grads) @ direction)
+        assert abs(got - expected) < 1e-6 * float(flat(out.grads).norm() * direction.norm()), (got, expected)
+        assert abs(float(out.meta_loss) - after_steps(problem, optimizer, steps, lam)) < 1e-12
+    assert all(same_bits(a, b) for a, b in zip(before, (*problem.theta, *problem.lam), strict=True))
+    now = optimizer.state_dict()["state"]
+    for row, values_of in state.items():
+        for key, value in values_of.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(now[row][key]))
+
+
+def test_one_step_of_sgd_is_its_formula() -> None:
+    """DARTS: d at theta' = theta - lr g, times -lr d^2 L_base / dlambda dtheta at theta."""
+    problem = weight_net(0, recorded=False)
+    optimizer = torch.optim.SGD(problem.theta, lr=0.3)
+    problem.step(optimizer)
+    g = torch.autograd.grad(problem.base_loss(), problem.theta, create_graph=True)
+    theta = snapshot(problem.theta)
+    with torch.no_grad():
+        for p, x in zip(problem.theta, g, strict=True):
+            p.sub_(0.3 * x)
+    d = torch.autograd.grad(problem.meta_loss(), problem.theta)
+    with torch.no_grad():
+        for p, old in zip(problem.theta, theta, strict=True):
+            p.copy_(old)
+    g = torch.autograd.grad(problem.base_loss(), problem.theta, create_graph=True)
+    expected = flat(torch.autograd.grad(g, problem.lam, [-0.3 * x for x in d]))
+    assert relative_error(flat(meta_grad(problem, optimizer, algorithm="iterative").grads), expected) < 1e-12
+
+
+def test_a_closure_for_each_step() -> None:
+    problem, optimizer = trained(1)
+    shares = (0.2, 0.5, 0.3)
+    losses = [lambda share=share: share * problem.base_loss() for share in shares]
+    arguments = {"base_params": problem.net, "meta_params": problem.weigher, "optimizer": optimizer}
+    results = [
+        flat(
+            sk.meta_grad(
+                losses, problem.meta_loss, algorithm=Iterative(3, per_step=True, checkpoint=c), **arguments
+            ).grads
+        )
+        for c in (False, True)
+    ]
+    assert relative_error(*results) < 1e-12
+    summed = flat(sk.meta_grad(losses, problem.meta_loss, algorithm=Iterative(3), **arguments).grads)
+    assert relative_error(summed, flat(meta_grad(problem, optimizer, algorithm=Iterative(3)).grads)) < 1e-10
+    assert relative_error(results[0], summed) > 1e-3
+    with pytest.raises(ValueError, match="base_loss: 3 closures for 2 steps"):
+        sk.meta_grad(losses, problem.meta_loss, algorithm=Iterative(2, per_step=True), **arguments)
+
+
+def test_what_iterative_refuses() -> None:
+    problem = weight_net(0, recorded=False)
+    optimizer = torch.optim.Adafactor(problem.theta)
+    problem.step(optimizer)
+    with pytest.raises(NotImplementedError, match="Adafactor has no option `differentiable`"):
+        meta_grad(problem, optimizer, algorithm="iterative")
+    x = torch.ones(3, requires_grad=True)
+    lam = torch.ones(3, requires_grad=True)
+    sgd = torch.optim.SGD([x], lr=0.1)
+    (lam * x).sum().backward()
+    sgd.step()
+    with pytest.raises(ValueError, match="base_params: tensor 0 was found in no module"):
+        sk.meta_grad(
+            lambda: (lam * x.square()).sum(), lambda: x.sum(), base_params=[x], meta_params=[lam], optimizer=sgd,
+            algorithm="iterative",
+        )  # fmt: skip
