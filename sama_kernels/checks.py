@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sama_kernels.distributed.sharded import local
+from sama_kernels.graphs import nodes
 from sama_kernels.types import Relative
 
 ADAPTATIONS = ("paper", "exact", "none")
@@ -251,17 +252,10 @@ def whole_graph(name: str, loss: Tensor, grads: Sequence[Tensor | None]) -> None
     """
     if all(g is not None for g in grads):
         return
-    nodes, seen = [loss.grad_fn], {loss.grad_fn}
-    while nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
+    for node in nodes([loss]):
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
                 f"{name}: it uses reentrant checkpointing, which hides the parameters inside it from"
                 " torch.autograd.grad; use checkpoint(..., use_reentrant=False), in transformers"
                 ' gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        inputs = {f for f, _ in node.next_functions} - seen
-        seen |= inputs
-        nodes += inputs

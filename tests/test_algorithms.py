@@ -1,4 +1,4 @@
-"""The implicit algorithms: closed forms on quadratic problems, the order of convergence, and SAMA where they must agree."""
+"""The implicit algorithms: closed forms on quadratic problems, orders of convergence, SAMA where they must agree."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from problems import OPTIMIZERS, after_steps, flat, meta_grad, relative_error, s
 from torch import Tensor, nn
 
 import sama_kernels as sk
+from sama_kernels import adaptation as adaptations
 from sama_kernels.algorithms import T1T2, ConjugateGradient, Neumann, Nystrom, Truncated
 
 N, M = 7, 3
+ONE = torch.eye(N, dtype=torch.float64)
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Quadratic:
         )  # fmt: skip
         assert not out.degenerate
         torch.testing.assert_close(out.meta_loss, self.meta_loss().detach())
-        torch.testing.assert_close(out.base_loss_plus, self.base_loss().detach())
+        if "sama" not in str(algorithm):
+            torch.testing.assert_close(out.base_loss_plus, self.base_loss().detach())
         return out.grads[0]
 
     def sgd(self, lr: float) -> torch.optim.Optimizer:
@@ -76,7 +79,7 @@ def test_conjugate_gradients_end_at_the_exact_inverse(seed: int) -> None:
     q = Quadratic.random(seed)
     errors = [relative_error(q.run(ConjugateGradient(iterations=k)), q.exact(q.a.inverse())) for k in (1, N, 3 * N)]
     assert errors[0] > 1e-3 and errors[1] < 1e-9 and errors[2] < 1e-9  # and stay there
-    damped = q.exact((q.a + 0.7 * torch.eye(N)).inverse())
+    damped = q.exact((q.a + 0.7 * ONE).inverse())
     assert relative_error(q.run(ConjugateGradient(iterations=N, damping=0.7)), damped) < 1e-9
 
 
@@ -84,7 +87,7 @@ def test_conjugate_gradients_end_at_the_exact_inverse(seed: int) -> None:
 def test_neumann_converges_at_the_rate_of_its_series(seed: int) -> None:
     """The error after K terms is (I - eta A)^(K+1) A^-1 d: known to the last digit."""
     q, eta = Quadratic.random(seed), 0.3
-    step = torch.eye(N) - eta * q.a
+    step = ONE - eta * q.a
     for terms in (1, 2, 5, 20):
         rest = torch.linalg.matrix_power(step, terms + 1) @ q.a.inverse()
         assert relative_error(q.run(Neumann(terms=terms, step_size=eta)), q.exact(q.a.inverse() - rest)) < 1e-12
@@ -94,7 +97,7 @@ def test_neumann_converges_at_the_rate_of_its_series(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_nystrom(seed: int) -> None:
     q = Quadratic.random(seed)
-    full = q.exact((q.a + 0.1 * torch.eye(N)).inverse())
+    full = q.exact((q.a + 0.1 * ONE).inverse())
     assert relative_error(q.run(Nystrom(rank=N, damping=0.1)), full) < 1e-9
     torch.manual_seed(5)
     chosen = torch.randperm(N)[:3]
@@ -102,7 +105,7 @@ def test_nystrom(seed: int) -> None:
     low_rank = columns @ torch.linalg.pinv(q.a[chosen][:, chosen]) @ columns.T
     torch.manual_seed(5)
     got = q.run(Nystrom(rank=3, damping=0.1))
-    assert relative_error(got, q.exact((low_rank + 0.1 * torch.eye(N)).inverse())) < 1e-9
+    assert relative_error(got, q.exact((low_rank + 0.1 * ONE).inverse())) < 1e-9
     assert relative_error(got, full) > 1e-3
 
 
@@ -110,25 +113,20 @@ def test_truncated_is_the_series_of_the_optimizers_own_steps() -> None:
     q = Quadratic.random(0)
     optimizer = q.sgd(0.2)
     for steps in (1, 4):
-        series = sum(torch.linalg.matrix_power(torch.eye(N) - 0.2 * q.a, k) for k in range(steps))
+        series = sum(torch.linalg.matrix_power(ONE - 0.2 * q.a, k) for k in range(steps))
         assert relative_error(q.run(Truncated(steps=steps), optimizer), q.exact(0.2 * series)) < 1e-12
     assert relative_error(q.run(Truncated(steps=400), optimizer), q.exact(q.a.inverse())) < 1e-9
 
 
 def test_all_agree_with_sama_where_the_hessian_is_the_identity() -> None:
     q = Quadratic.random(1, spread=0.0)
-    q.a = torch.eye(N).double()
-    expected = q.exact(torch.eye(N).double())
-    for algorithm in (
-        "sama_na",
-        "t1_t2",
-        ConjugateGradient(iterations=1),
-        Neumann(step_size=1.0),
-        Nystrom(rank=N, damping=1e-9),
-    ):
+    q.a = ONE
+    expected = q.exact(ONE)
+    inverting = [ConjugateGradient(iterations=1), Neumann(step_size=1.0), Nystrom(rank=N, damping=1e-9)]
+    for algorithm in ("sama_na", "t1_t2", *inverting):
         assert relative_error(q.run(algorithm, alpha=1e-3), expected) < 1e-6, algorithm
     optimizer = q.sgd(0.3)
-    expected = q.exact(0.3 * torch.eye(N).double())
+    expected = q.exact(0.3 * ONE)
     for algorithm in ("sama", T1T2(adapt=True), ConjugateGradient(adapt=True, iterations=1), Truncated(steps=1)):
         assert relative_error(q.run(algorithm, optimizer, alpha=1e-3), expected) < 1e-6, algorithm
 
@@ -140,7 +138,7 @@ def test_t1_t2_with_adaptation_is_sama_with_an_exact_derivative(case: int, adapt
     problem = weight_net(3)
     optimizer = after_steps(problem, case)
     before = snapshot(problem.theta)
-    sama = meta_grad(problem, optimizer, difference="exact", adaptation=adaptation)
+    sama = meta_grad(problem, optimizer, difference="exact", adaptation=adaptation, hold="center")
     t1_t2 = meta_grad(problem, optimizer, algorithm=T1T2(adapt=True), adaptation=adaptation)
     assert relative_error(flat(t1_t2.grads), flat(sama.grads)) < 1e-10
     torch.testing.assert_close(t1_t2.norm, sama.norm)
@@ -154,12 +152,14 @@ def test_adaptation_multiplies_the_solution(case: int) -> None:
     """w <- D w (paper, Eq. 4): against the Hessian written out, and D by autograd through the optimizer's step."""
     problem = weight_net(4)
     optimizer = after_steps(problem, case)
+
+    def series(h: Tensor, one: Tensor) -> Tensor:
+        step = one - 0.5 * h
+        return 0.5 * (one + step + step @ step)
+
     for algorithm, inverse in (
-        (
-            Neumann(adapt=True, terms=2, step_size=0.5),
-            lambda h, i: 0.5 * (i + (i - 0.5 * h) + (i - 0.5 * h) @ (i - 0.5 * h)),
-        ),
-        (ConjugateGradient(adapt=True, iterations=70, damping=1.0), lambda h, i: (h + i).inverse()),
+        (Neumann(adapt=True, terms=2, step_size=0.5), series),
+        (ConjugateGradient(adapt=True, iterations=70, damping=1.0), lambda h, one: (h + one).inverse()),
     ):
         hessian, mixed = written_out(problem)
         d = flat(torch.autograd.grad(problem.meta_loss(), problem.theta))
@@ -182,8 +182,6 @@ def flat_graph(tensors: Any) -> Tensor:
 
 def diagonal(problem: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """D = du/dg with the library's own adaptation, which tests/test_adaptation*.py hold against autograd."""
-    from sama_kernels import adaptation as adaptations
-
     v: list[Any] = [torch.ones_like(p) for p in problem.theta]
     adaptations.apply(adaptations.plan(optimizer, problem.theta, "exact"), v, "reference")
     return v
@@ -197,9 +195,8 @@ def test_dropout_is_that_of_one_function() -> None:
     x, y = torch.randn(6, 4).double(), torch.randn(6, 1).double()
 
     def base_loss() -> Tensor:
-        return (torch.sigmoid(lam) * (net(x) - y).square().squeeze(1)).mean() + 0.1 * sum(
-            p.square().sum() for p in net.parameters()
-        )
+        decay = torch.stack([p.square().sum() for p in net.parameters()]).sum()
+        return (torch.sigmoid(lam) * (net(x) - y).square().squeeze(1)).mean() + 0.1 * decay
 
     results = []
     for _ in range(2):
@@ -233,7 +230,7 @@ def test_errors(name: str) -> None:
 
 @pytest.mark.parametrize("make", [lambda: Neumann(terms=0), lambda: Neumann(step_size=-1.0), lambda: T1T2(adapt=1)])
 def test_options_are_checked(make: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match="algorithm: (Neumann|T1T2): "):
+    with pytest.raises((ValueError, TypeError), match=r"algorithm: (Neumann|T1T2): "):
         make()
 
 
@@ -256,4 +253,18 @@ def test_missing_second_derivatives_are_explained() -> None:
         sk.meta_grad(
             lambda: lam * Once.apply(net(x)).square().mean(), lambda: net(x).square().mean(), base_params=net,
             meta_params=[lam], optimizer=None, adaptation="none", algorithm="neumann",
+        )  # fmt: skip
+
+
+def test_fused_attention_is_explained() -> None:
+    q = nn.Parameter(torch.randn(1, 2, 5, 8))
+    net, lam = nn.ParameterList([q]), torch.ones((), requires_grad=True)
+
+    def base_loss() -> Tensor:
+        return lam * nn.functional.scaled_dot_product_attention(q, q, q).square().mean()
+
+    with pytest.raises(NotImplementedError, match="unfused attention"):
+        sk.meta_grad(
+            base_loss, lambda: q.square().mean(), base_params=net, meta_params=[lam], optimizer=None,
+            adaptation="none", algorithm="conjugate_gradient",
         )  # fmt: skip

@@ -63,7 +63,7 @@ LAYERS = [
         "sama_kernels.ladder",
     ],
     ["sama_kernels.distributed.sharded"],
-    ["sama_kernels.types", "sama_kernels.version", "sama_kernels.diagnosis"],
+    ["sama_kernels.types", "sama_kernels.version", "sama_kernels.diagnosis", "sama_kernels.graphs"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sama_kernels import checks
+from sama_kernels.graphs import nodes
 from sama_kernels.guards import Interrupts
 from sama_kernels.types import Closure
 
@@ -37,6 +38,8 @@ class BaseGradient:
                 checks.scalar_loss("base_loss", value, "meta_params")
                 total = total + value.reshape(())
             g = torch.autograd.grad(total, theta, create_graph=True, allow_unused=True)
+        if any(node.name() == "torch::autograd::Error" for node in nodes([x for x in g if x is not None])):
+            raise _without_second_derivatives("an autograd.Function of it is once_differentiable")
         self.loss = total.detach()
         self._rows = [row for row, x in enumerate(g) if x is not None and x.requires_grad]
         self._g = [x for x in g if x is not None and x.requires_grad]
@@ -72,11 +75,15 @@ def _second_derivatives() -> Iterator[None]:
     except RuntimeError as error:
         if "is not implemented" not in str(error) and "double backward" not in str(error):
             raise
-        raise NotImplementedError(
-            f"algorithm: it needs second derivatives of base_loss ({str(error).partition(chr(10))[0]}); use"
-            ' "sama", which needs none, or if this is fused attention, unfused attention (attn_implementation="eager" in'
-            " transformers, or torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
-        ) from error
+        raise _without_second_derivatives(str(error).partition("\n")[0]) from error
+
+
+def _without_second_derivatives(why: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"algorithm: it needs second derivatives of base_loss ({why}); use SAMA, which needs none, or if this is fused"
+        ' attention, unfused attention (attn_implementation="eager" in transformers, or'
+        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+    )
 
 
 def dot(a: Vector, b: Vector) -> Tensor:

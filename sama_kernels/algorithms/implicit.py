@@ -66,8 +66,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 def nystrom(options: Nystrom, g: BaseGradient, d: Vector) -> Vector:
     """With C = H[:, K] and r = damping: w = d / r - C (H_KK + C^T C / r)^-1 C^T d / r^2."""
-    sizes = [x.numel() for x in d]
-    n = sum(sizes)
+    n = sum(x.numel() for x in d)
     if options.damping == 0:
         raise ValueError("algorithm: Nystrom needs damping > 0, as a low-rank matrix has no inverse")
     flat = torch.cat([x.flatten() for x in d])
@@ -75,14 +74,19 @@ def nystrom(options: Nystrom, g: BaseGradient, d: Vector) -> Vector:
     columns = []
     for k in range(len(chosen)):
         unit = torch.zeros_like(flat).index_fill_(0, chosen[k : k + 1], 1.0)
-        product = g.hessian_product([part.view(x.shape) for part, x in zip(unit.split(sizes), d, strict=True)])
+        product = g.hessian_product(_shaped(unit, d))
         columns.append(torch.cat([x.flatten() for x in product]))
     c = torch.stack(columns, dim=1)
     wide = c.double()  # the small system is ill-conditioned: squares of the eigenvalues of H
     inner = wide[chosen] + wide.T @ wide / options.damping
     solution = torch.linalg.lstsq(inner, (wide.T @ flat.double())[:, None]).solution[:, 0]
     w = (flat.double() / options.damping - wide @ solution / options.damping**2).to(flat.dtype)
-    return [part.view(x.shape) for part, x in zip(w.split(sizes), d, strict=True)]
+    return _shaped(w, d)
+
+
+def _shaped(flat: Tensor, like: Vector) -> Vector:
+    parts = torch.split(flat, [x.numel() for x in like])
+    return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 
 
 def truncated(options: Truncated, g: BaseGradient, d: Vector, adapt: Adapt) -> Vector:

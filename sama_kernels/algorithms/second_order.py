@@ -37,10 +37,8 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
     ):
         if isinstance(algorithm, Iterative):
             out = Unroll(problem, algorithm, rng, interrupts).run()
-            grads = [
-                torch.zeros_like(p) if g is None else g.neg()
-                for p, g in zip(problem.meta_params, out.grads, strict=True)
-            ]
+            found = zip(problem.meta_params, out.grads, strict=True)
+            grads = [torch.zeros_like(p) if x is None else -x for p, x in found]
             explicit: list[Tensor | None] = [None] * len(grads)
             meta_loss, base_loss, norm = out.loss, out.base_loss, dot(grads, grads).sqrt()
         else:
@@ -62,9 +60,7 @@ def _check(problem: Problem, algorithm: Algorithm) -> None:
     if problem.loss_scale is not None:
         raise NotImplementedError(f"grad_scaler: {name} takes losses as they are; use autocast to bfloat16, or SAMA")
     if problem.synchronisation is not None and problem.synchronisation.sync == "full":
-        raise NotImplementedError(
-            f'sync: "full" is for SAMA; with {name} use "final", which averages the meta gradients'
-        )
+        raise NotImplementedError(f'sync: "full" is for SAMA; with {name} use "final": meta gradients are averaged')
     if any(is_sharded(p) for p in (*problem.base_params, *problem.meta_params)):
         raise NotImplementedError(f"base_params, meta_params: {name} does not take sharded parameters; use SAMA")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sama_kernels import held_values as holding
 from sama_kernels.algorithms.options import Iterative
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.types import Closure, Problem
@@ -39,14 +40,15 @@ class Unroll:
         self._optimizer: Optimizer = problem.optimizer
         if "differentiable" not in self._optimizer.defaults:
             raise NotImplementedError(
-                f"algorithm: Iterative differentiates the optimizer's own step, and {type(self._optimizer).__name__} has"
+                f"algorithm: Iterative differentiates the optimizer's step, and {type(self._optimizer).__name__} has"
                 ' no option `differentiable`; use "truncated", or SGD, Adam, AdamW or another optimizer of torch.optim'
             )
         losses = problem.base_losses
         if options.per_step and len(losses) != options.steps:
             raise ValueError(
-                f"base_loss: {len(losses)} closures for {options.steps} steps; with per_step=True pass one for each step"
+                f"base_loss: {len(losses)} closures for {options.steps} steps; per_step=True wants one for each step"
             )
+        self._gate = Gate()
         self._places = _places(problem.reached, problem.base_params)
 
     def run(self) -> Unrolled:
@@ -109,8 +111,9 @@ class Unroll:
     def _step(self, step: int, theta: Sequence[Tensor], state: State) -> tuple[list[Tensor], State, Tensor]:
         """theta and the state after one step, with their graph, and L_base before it."""
         losses = self._problem.base_losses
-        loss = self._at(theta, losses[step : step + 1] if self._options.per_step else losses)
-        with self._interrupts.allowed():
+        with holding.handling(self._gate.hold):
+            loss = self._at(theta, losses[step : step + 1] if self._options.per_step else losses)
+        with self._interrupts.allowed(), self._gate.closed():
             grads = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         # The optimizer works in place, and what it overwrites is part of the graph.
         moved = [x.clone() for x in theta]
@@ -120,7 +123,7 @@ class Unroll:
             for x, g, s in zip(moved, grads, state, strict=True):
                 x.grad = g
                 if s:
-                    optimizer.state[x] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in s.items()}
+                    optimizer.state[x] = {key: _copied(key, v, x.dtype) for key, v in s.items()}
             optimizer.step()
             for x in moved:
                 x.grad = None
@@ -143,6 +146,42 @@ class Unroll:
 
     def _state(self) -> State:
         return [_detached(self._optimizer.state.get(p, {})) for p in self._problem.base_params]
+
+
+class Gate:
+    """What `stop_gradient` does in a step: the base gradient does not flow through, the derivative of the step does.
+
+    A held value is a constant of the step's gradient g, but it depends on theta, and hence on lambda through the steps
+    before. A plain `.detach()` loses that.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = True
+
+    def hold(self, x: Tensor) -> Tensor:
+        """The handler for `stop_gradient`."""
+        held: Tensor = _Held.apply(x, self)  # type: ignore[no-untyped-call]
+        return held
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """While g is made."""
+        self.is_open = False
+        try:
+            yield
+        finally:
+            self.is_open = True
+
+
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:
+        ctx.gate = gate
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return (grads[0] if ctx.gate.is_open else None), None
 
 
 _DIFFERENTIABLE = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
@@ -178,6 +217,13 @@ def _substituted(places: Sequence[Place], theta: Sequence[Tensor]) -> Iterator[N
     finally:
         for (parameters, name, _), p in zip(places, before, strict=True):
             parameters[name] = p
+
+
+def _copied(key: str, x: Any, dtype: torch.dtype) -> Any:
+    """torch counts steps in float32, which would leave bias corrections with 7 digits in a differentiable step."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.to(dtype, copy=True) if key == "step" else x.clone()
 
 
 def _leaves(theta: Sequence[Tensor]) -> list[Tensor]:

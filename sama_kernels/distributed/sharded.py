@@ -7,13 +7,15 @@ together here. `fully_shard` averages gradients over its ranks by itself, but in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from sama_kernels.graphs import nodes
 
 Groups = tuple[Any, ...]
 """The process groups over which the elements of a tensor are divided, one per mesh dimension; () if they are not."""
@@ -177,16 +179,4 @@ def _grads_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def _leaves(loss: Tensor) -> list[Tensor]:
     """The leaves that a backward pass from `loss` would accumulate gradients in."""
-    nodes: list[Any] = [loss.grad_fn]
-    seen: set[Any] = {None, loss.grad_fn}
-    found: list[Tensor] = []
-    while nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        new: Collection[Any] = {f for f, _ in node.next_functions} - seen
-        seen.update(new)
-        nodes.extend(new)
-    return found
+    return [node.variable for node in nodes([loss]) if hasattr(node, "variable")]
