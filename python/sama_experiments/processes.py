@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ExperimentError
 
-WAIT_FOR_OTHER_ERRORS = 5.0  # seconds
+WAIT_FOR_OTHER_ERRORS = timedelta(seconds=5)
 
 
 def world() -> int:
@@ -51,10 +51,11 @@ def joined() -> Iterator[Callable[[str], None]]:
         if failed == 1:
             print(message, file=sys.stderr, flush=True)
         # A launcher ends all processes as soon as one has failed; those with the same error are to end by themselves.
-        give_up = time.monotonic() + WAIT_FOR_OTHER_ERRORS
-        while failed < count and time.monotonic() < give_up:
-            time.sleep(0.02)
-            failed = store.add("errors", 0)
+        if failed == count:
+            store.set("all have failed", "")
+        else:
+            with suppress(RuntimeError):  # too late, or the store ended with the process that holds it
+                store.wait(["all have failed"], WAIT_FOR_OTHER_ERRORS)
 
     try:
         yield report
