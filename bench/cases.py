@@ -42,8 +42,10 @@ def op_list(precision: Precision) -> list[Op]:
     adam, moves = 3 * value + 2 * state, (4 + 4 + 3) * value
     rows = [
         Op("adapt_norm_adam", adam, lambda c: c.adapt_norm_adam(), fresh, fresh_v, v),
+        Op("adapt_norm_adam8bit", 3 * value + 2, lambda c: c.adapt_norm_adam8bit(), fresh, fresh_v, v),
         Op("adapt_norm_rmsprop", 3 * value + state, lambda c: c.adapt_norm_rmsprop(), fresh, fresh_v, v),
         Op("adapt_norm_nadam", adam, lambda c: c.adapt_norm_nadam(), fresh, fresh_v, v),
+        Op("adapt_norm_adadelta", adam, lambda c: c.adapt_norm_adadelta(), fresh, fresh_v, v),
         Op("adapt_norm_scale", 2 * value, lambda c: c.adapt_norm_scale(), fresh, nothing, v),
         Op("step_size", 0, lambda c: c.step_size(), fresh, nothing, no_list),
         Op("perturb_plus", 4 * value, lambda c: c.plus(), fresh, fresh, params),

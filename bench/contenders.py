@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.inputs import EPSILON, STEP, Inputs
+from bench.inputs import EPSILON, PER_SCALE, STEP, Inputs
 from sama_kernels import ops
 
 LR, BETA1, BETA2, EPS = 1e-3, 0.9, 0.999, 1e-8
 ALPHA, TINY = 1.0, 1e-30
 # rate, a, b, slope, kappa, omega, eps, tail of ops.adapt_norm_moments, adaptation "paper": RMSprop, NAdam at step 100.
+# Adadelta: "exact", as a few of 1e8 random gradients are 0.
 RMSPROP = (LR, 1.0, 0.0, 1.0, 1.0, 1e-2, EPS, 0.0)
 NADAM = (LR, 0.5, 0.55, 0.555, (1 - BETA2**STEP) ** -0.5, 1 - BETA2, EPS, 0.0)
+ADADELTA = (1.0, 1.0, 0.0, 1.0, 0.99, 1e-2, 1e-6, 1.0)
 SCALE = -1.0  # its own inverse: v can be scaled again and again
 
 
@@ -30,8 +32,9 @@ class Library:
     def __init__(self, inputs: Inputs, backend: str, lists: tuple[list[Tensor], list[Tensor]], compiled: bool = False):
         self.inputs = inputs
         self.params, self.v = lists
-        self.rmsprop, self.nadam = (
-            torch.tensor([row] * len(self.v), dtype=torch.float64, device=inputs.device) for row in (RMSPROP, NADAM)
+        self.rmsprop, self.nadam, self.adadelta = (
+            torch.tensor([row] * len(self.v), dtype=torch.float64, device=inputs.device)
+            for row in (RMSPROP, NADAM, ADADELTA)
         )
 
         def on_backend(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +44,7 @@ class Library:
             return torch.compile(call, fullgraph=True, dynamic=False) if compiled else call
 
         self._adam, self._scale = on_backend(ops.adapt_norm_adam), on_backend(ops.adapt_norm_scale)
-        self._moments = on_backend(ops.adapt_norm_moments)
+        self._moments, self._low_bit = on_backend(ops.adapt_norm_moments), on_backend(ops.adapt_norm_low_bit_adam)
         self._step_size, self._perturb = on_backend(ops.step_size), on_backend(ops.perturb)
         self._restore, self._difference = on_backend(ops.restore), on_backend(ops.central_difference)
 
@@ -61,16 +64,27 @@ class Library:
         )  # fmt: skip
         return norm_sq
 
+    def adapt_norm_adam8bit(self) -> Tensor:
+        x = self.inputs
+        norm_sq: Tensor = self._low_bit(
+            self.v, x.grads, *x.stored, x.steps, block_size=PER_SCALE, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS,
+            mode=ops.PAPER,
+        )  # fmt: skip
+        return norm_sq
+
     def adapt_norm_rmsprop(self) -> Tensor:
-        return self._ratio(self.rmsprop, [])
+        return self._form(ops.RATIO, self.rmsprop, [])
 
     def adapt_norm_nadam(self) -> Tensor:
-        return self._ratio(self.nadam, self.inputs.m)
+        return self._form(ops.RATIO, self.nadam, self.inputs.m)
 
-    def _ratio(self, coefficients: Tensor, firsts: list[Tensor]) -> Tensor:
+    def adapt_norm_adadelta(self) -> Tensor:
+        return self._form(ops.DELTA, self.adadelta, self.inputs.deltas)
+
+    def _form(self, form: int, coefficients: Tensor, firsts: list[Tensor]) -> Tensor:
         x = self.inputs
         norm_sq: Tensor = self._moments(
-            self.v, x.grads, firsts, x.w, [], [], coefficients, weight_decay=0.0, maximize=False, form=ops.RATIO
+            self.v, x.grads, firsts, x.w, [], [], coefficients, weight_decay=0.0, maximize=False, form=form
         )
         return norm_sq
 
@@ -134,12 +148,24 @@ class Foreach:
         foreach_adam(self.v, x.grads, x.m, x.w, lr=LR, betas=(BETA1, BETA2), eps=EPS, step=STEP)
         return self.norm_sq()
 
+    def adapt_norm_adam8bit(self) -> Tensor:
+        """One tensor at a time, so that there is memory for its moments only."""
+        *stored, grads = (*self.inputs.stored, self.inputs.grads)
+        for v, grad, *parts in zip(self.v, grads, *stored, strict=True):
+            m, w = (dequantised(*moment).view(v.shape) for moment in (parts[:3], parts[3:]))
+            foreach_adam([v], [grad], [m], [w], lr=LR, betas=(BETA1, BETA2), eps=EPS, step=STEP)
+        return self.norm_sq()
+
     def adapt_norm_rmsprop(self) -> Tensor:
         foreach_ratio(self.v, self.inputs.grads, None, self.inputs.w, RMSPROP)
         return self.norm_sq()
 
     def adapt_norm_nadam(self) -> Tensor:
         foreach_ratio(self.v, self.inputs.grads, self.inputs.m, self.inputs.w, NADAM)
+        return self.norm_sq()
+
+    def adapt_norm_adadelta(self) -> Tensor:
+        foreach_delta(self.v, self.inputs.grads, self.inputs.deltas, self.inputs.w, ADADELTA)
         return self.norm_sq()
 
     def adapt_norm_scale(self) -> Tensor:
@@ -200,6 +226,12 @@ def foreach_adam(
     torch._foreach_mul_(v, numerator)
 
 
+def dequantised(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
+    """The numbers that 8-bit codes stand for, float32, flat."""
+    values = torch.nn.functional.pad(table[codes.int()], (0, -codes.numel() % PER_SCALE)).view(-1, PER_SCALE)
+    return values.mul_(scales[:, None]).flatten()[: codes.numel()]
+
+
 def foreach_ratio(
     v: list[Tensor], grads: list[Tensor], m: list[Tensor] | None, w: list[Tensor], row: tuple[float, ...]
 ) -> None:
@@ -219,6 +251,24 @@ def foreach_ratio(
     torch._foreach_addcdiv_(numerator, torch._foreach_mul(update, grads), q, value=-rate * kappa**2 * omega)
     torch._foreach_mul_(q, q)
     torch._foreach_div_(numerator, q)
+    torch._foreach_mul_(v, numerator)
+
+
+def foreach_delta(
+    v: list[Tensor], grads: list[Tensor], deltas: list[Tensor], w: list[Tensor], row: tuple[float, ...]
+) -> None:
+    """v <- D v by `ops.adapt_norm_moments` in the form DELTA with tail = 1."""
+    rate, _, _, _, kappa, omega, eps, _ = row
+    spread = torch._foreach_add(w, eps)
+    numerator = torch._foreach_addcmul(spread, grads, grads, value=-omega)
+    torch._foreach_div_(numerator, spread)
+    torch._foreach_mul_(spread, kappa)
+    torch._foreach_addcmul_(spread, grads, grads, value=omega)
+    size = torch._foreach_add(deltas, kappa * eps)
+    torch._foreach_div_(size, spread)
+    torch._foreach_sqrt_(size)
+    torch._foreach_mul_(numerator, size)
+    torch._foreach_mul_(numerator, rate)
     torch._foreach_mul_(v, numerator)
 
 

@@ -12,9 +12,10 @@ overwrites. On a GPU the time is that between two events; `host` is the time unt
 Contenders: `cpu`, `cuda`, `triton`, the kernels of this library, as far as they run on the device; `reference`, plain
 PyTorch tensor by tensor; `foreach`, see bench/contenders.py; `compile`, torch.compile(fullgraph=True) of the reference.
 What torch.compile needs for compiling is not part of its times, but recorded. `adapt_norm_rmsprop` and
-`adapt_norm_nadam` are adapt_norm_moments in the form RATIO, without and with first moments. `element_wise_part` is
-adapt_norm_adam, step_size, both perturbations and restore in one go. `adam_step` is torch's own fused Adam step, as a
-yardstick.
+`adapt_norm_nadam` are adapt_norm_moments in the form RATIO, without and with first moments, `adapt_norm_adadelta` in
+the form DELTA. `element_wise_part` is adapt_norm_adam, step_size, both perturbations and restore in one go. `adam_step`
+is torch's own fused Adam step, as a yardstick. `adapt_norm_adam8bit` is adapt_norm_low_bit_adam with a scale for every
+256 elements, which are not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from bench.shapes import LISTS, Shapes, elements, scaled
 from sama_kernels import backends
 
 FUSED = ("cpu", "cuda", "triton")
-STATEFUL = ("adapt_norm_adam", "adapt_norm_rmsprop", "adapt_norm_nadam", "element_wise_part")
+ADAMS = ("adapt_norm_adam", "adapt_norm_adam8bit")
+STATEFUL = (*ADAMS, "adapt_norm_rmsprop", "adapt_norm_nadam", "adapt_norm_adadelta", "element_wise_part")
 COPY_ELEMENTS = 100_000_000
 COMPILE_AT_MOST = 200  # tensors: the reference's code is unrolled over the list
 Calls = dict[str, tuple[timing.Call, timing.Call]]  # what to do before a call, the call

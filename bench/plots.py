@@ -1,4 +1,4 @@
-"""The plots of `bench.report`: bars per op and contender, a row of panels per list and dtype."""
+"""The plots of `bench.report`: bars per op and contender, a row of panels per list and dtype; and of `bench.model`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, or there
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 Row = dict[str, Any]
 COLOURS = {
@@ -65,3 +66,37 @@ def bars(axes: Axes, series: dict[str, dict[str, float]], colours: dict[str, str
     axes.set_title(title, fontsize=9)
     if series:
         axes.legend(fontsize=7)
+
+
+def scaling(rows: list[Row], path: Path, label: str) -> None:
+    """The model of `bench.model`: seconds of a meta step against GPUs; below, what of it is exposed communication."""
+    small = [row for row in rows if row["lambda"] == "small" and "refused" not in row]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(2, len(models), figsize=(4 * len(models), 7), squeeze=False, layout="constrained")
+    for model, top, bottom in zip(models, *panels, strict=True):
+        for mode, colour in (("ddp", "tab:blue"), ("fsdp2", "tab:orange")):
+            chosen = [row for row in small if row["model"] == model and row["mode"] == mode]
+            gpus = [row["gpus"] for row in chosen]
+            if not chosen:
+                top.plot([], [], color=colour, label=f"{mode}: does not fit into memory")
+                continue
+            top.plot(gpus, [row["base"]["seconds"] for row in chosen], ":", color=colour, label=f"{mode}, base step")
+            for sync, style in {"ddp": {"final": "o-", "full": "s-."}, "fsdp2": {"final": "o-"}}[mode].items():
+                steps = [row["meta"][sync]["theta stays"] for row in chosen]
+                name = f"{mode}, {sync}" if mode == "ddp" else f"{mode}, final and full"
+                top.plot(gpus, [s["seconds"] for s in steps], style, color=colour, label=name)
+                bottom.plot(gpus, [s["communication_share"] for s in steps], style, color=colour)
+        top.set_title(f"{model}: seconds per meta step")
+        bottom.set_title("share of exposed communication")
+        for axes in (top, bottom):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({row["gpus"] for row in rows}), sorted({row["gpus"] for row in rows}))
+            axes.set_xlabel("GPUs")
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+        bottom.yaxis.set_major_formatter(PercentFormatter(1.0))
+        top.legend(fontsize=7)
+    figure.suptitle(
+        f"{label}. Alpha-beta model, H100 nodes of 8, small λ; the same tokens per GPU on any number of GPUs"
+    )
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)

@@ -127,13 +127,13 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
-def write_between_markers(path: Path, text: str) -> None:
+def write_between_markers(path: Path, text: str, first: str = BEGIN, last: str = END) -> None:
     """Replace what stands between the markers."""
     content = path.read_text()
-    begin, end = content.find(BEGIN), content.find(END)
+    begin, end = content.find(first), content.find(last)
     if begin < 0 or end < begin:
-        raise ReportError(f"{path} has no {BEGIN} before a {END}: add both where the tables belong")
-    path.write_text(f"{content[: begin + len(BEGIN)]}\n{text}\n{content[end:]}")
+        raise ReportError(f"{path} has no {first} before a {last}: add both where the tables belong")
+    path.write_text(f"{content[: begin + len(first)]}\n{text}\n{content[end:]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

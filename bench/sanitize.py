@@ -24,6 +24,7 @@ LENGTHS = (0, 1, 2, 7, 8, 9, 129, 1134, 4097, 70_001)
 MADE_FOR = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Each op's own rounding to the storage dtype, one unit either way; the tests hold the kernels to less.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+PER_SCALE = 100
 Lists = dict[str, list[Tensor]]
 # Forms of adapt_norm_moments, and what plays the parts of firsts, seconds and buffers.
 MOMENTS = [
@@ -32,6 +33,7 @@ MOMENTS = [
     (ops.RATIO, "", "w", "m"),
     (ops.CENTERED, "m", "w", "explicit"),
     (ops.MAXIMUM, "m", "largest", ""),
+    (ops.DELTA, "largest", "w", ""),
 ]
 
 
@@ -46,8 +48,19 @@ def tensors(precision: Precision) -> Lists:
     return {
         "v": randn(values), "params": randn(values), "grads": randn(values, 0.01), "m": randn(state, 0.01), "w": w,
         "maxima": [torch.where(torch.rand(x.shape) < 0.5, x, 2 * x) for x in w], "explicit": randn(values),
-        "largest": [x.abs() + 0.5 for x in randn(state)],
+        "largest": [x.abs() + 0.5 for x in randn(state)], **quantised(8), **quantised(4),
     }  # fmt: skip
+
+
+def quantised(bits: int) -> Lists:
+    """m and w as low-bit optimizers keep them: codes, scales of PER_SCALE elements each, and lookup tables."""
+    lists: Lists = {}
+    grid = torch.linspace(0, 1, 2**bits).square()
+    for name, table, scale in (("m", grid - 0.5, 0.02), ("w", grid + 0.01, 1e-3)):
+        lists[f"{name}{bits} codes"] = [torch.randint(256, (-(-n * bits // 8),), dtype=torch.uint8) for n in LENGTHS]
+        lists[f"{name}{bits} scales"] = [scale * torch.rand(-(-n // PER_SCALE)) for n in LENGTHS]
+        lists[f"{name}{bits} tables"] = [table] * len(LENGTHS)
+    return lists
 
 
 def placed(lists: Lists, device: torch.device) -> Lists:
@@ -69,6 +82,13 @@ def one_meta_step(x: Lists, device: torch.device, backend: str, mode: int) -> It
         weight_decay=0.01, maximize=mode == ops.EXACT, mode=mode, backend=backend,
     )  # fmt: skip
     yield "adapt_norm_adam", [norm_sq, *x["v"]]
+    for bits in (8, 4):
+        stored = [x[f"{moment}{bits} {part}"] for moment in "mw" for part in ("codes", "scales", "tables")]
+        norm_sq = ops.adapt_norm_low_bit_adam(
+            x["v"], x["grads"], *stored, steps, block_size=PER_SCALE, lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS,
+            mode=mode, backend=backend,
+        )  # fmt: skip
+        yield f"adapt_norm_low_bit_adam, {bits} bits", [norm_sq, *x["v"]]
     row = [0.9, 0.5, 0.4, 0.6, 1.2, 1e-3, 0.5, 0.5]
     coefficients = torch.tensor([row] * len(x["v"]), dtype=torch.float64, device=device)
     decay = {"weight_decay": 0.01, "maximize": mode == ops.EXACT}

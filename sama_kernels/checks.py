@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sama_kernels.types import Relative, Synchronisation
+from sama_kernels.distributed.sharded import local
+from sama_kernels.types import Relative
 
 ADAPTATIONS = ("paper", "exact", "none")
 HOLDS = ("auto", "center")
 ROUNDINGS = ("nearest", "stochastic")
 DIFFERENCES = ("central", "forward", "exact")
-SYNCS = ("final", "full", "none")
 _EXPECTED = "an nn.Module or an iterable of tensors and modules"
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -77,8 +77,6 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
             raise TypeError(f"{name}: tensor {i} is {t.dtype}; only float32, float64, bfloat16 and float16 can be used")
         if t.layout != torch.strided:
             raise TypeError(f"{name}: tensor {i} has layout {t.layout}; only dense (strided) tensors can be used")
-        if type(t).__name__ == "DTensor":
-            raise TypeError(f"{name}: tensor {i} is a DTensor, and sharded parameters are not supported yet")
         if not (t.requires_grad or skip_frozen):
             raise ValueError(f"{name}: tensor {i} does not require grad; leave it out or call requires_grad_()")
     found = [t for t in found if t.requires_grad]
@@ -94,7 +92,7 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{name}: tensor {i} is not a leaf; pass the parameters themselves, not values made of them"
             )
-        if torch._debug_has_internal_overlap(p) == 1:
+        if torch._debug_has_internal_overlap(local(p)) == 1:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
 
 
@@ -165,6 +163,12 @@ def positive(name: str, value: Any) -> float:
 
 def held_by(optimizer: Any, params: Sequence[Tensor], name: str = "base_params") -> None:
     """Raise unless `optimizer` is a torch optimizer that holds every tensor of `params`, the argument `name`."""
+    if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} keeps parameters, gradients and state in flat buffers of its own;"
+            " DeepSpeed is not supported: shard the model with torch.distributed.fsdp.fully_shard, and give it an"
+            " ordinary optimizer"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer: expected the torch.optim.Optimizer that made the base step, got {type(optimizer).__name__};"
@@ -216,36 +220,6 @@ def masters(value: Any, base_params: Sequence[Tensor], update_base: bool) -> tup
             " step, so that the update would be lost; pass update_base=False"
         )
     return found
-
-
-def synchronisation(sync: str, group: Any, weight: Any, bucket_mib: Any, comm_hook: Any) -> Synchronisation | None:
-    """The arguments that concern several processes; None if there is nothing to exchange.
-
-    A group that is given is used even if it has one process only.
-    """
-    choice("sync", sync, SYNCS)
-    both = tuple(weight) if isinstance(weight, tuple | list) else (weight, weight)
-    if weight is not None and (len(both) != 2 or not all(_is_weight(x) for x in both)):
-        raise ValueError(f"weight: expected a finite number >= 0, or two (for base_loss and meta_loss), got {weight!r}")
-    mib = positive("bucket_mib", bucket_mib)
-    if comm_hook is not None and not callable(comm_hook):
-        raise TypeError(f"comm_hook: expected a function (group, bucket) -> future, got {comm_hook!r}")
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        if group is not None:
-            raise ValueError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
-        return None
-    if group is not None and group == distributed.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: this rank is not a member of it; pass a group that contains it")
-    if group is not None and not isinstance(group, distributed.ProcessGroup):
-        raise TypeError(f"group: expected a process group of torch.distributed, got {type(group).__name__}")
-    if sync == "none" or (group is None and distributed.get_world_size() == 1):
-        return None
-    return Synchronisation(sync, group, None if weight is None else (float(both[0]), float(both[1])), mib, comm_hook)
-
-
-def _is_weight(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and x >= 0 and math.isfinite(x)
 
 
 def scalar_loss(name: str, loss: Any, reads: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sama_kernels import checks
 from sama_kernels.adaptation import gradient_of_step, step_record
 from sama_kernels.backends.reference import compute_dtype
+from sama_kernels.distributed.sharded import local
 from sama_kernels.types import Clipping, Problem
 
 _GUARD = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
@@ -70,7 +71,7 @@ def gradients(problem: Problem) -> list[Tensor | None]:
     for row, p in enumerate(problem.step_params):
         hyper = records.get(id(p), {})
         sat_out = p.grad is None and id(p) in hyper.get(step_record.SKIPPED, ())
-        found.append(None if sat_out else gradient_of_step(p, hyper, problem.step_params_name, row))
+        found.append(None if sat_out else local(gradient_of_step(p, hyper, problem.step_params_name, row)))
     return found
 
 

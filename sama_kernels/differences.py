@@ -12,6 +12,7 @@ from torch import Tensor
 from sama_kernels import ops, scaling
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.distributed import Alone
+from sama_kernels.distributed.sharded import like, local
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.jvp import TangentPass, tangents
 from sama_kernels.passes import MetaPass, Perturbation, PerturbedPasses
@@ -76,7 +77,7 @@ def evaluate(
     grads = ranks.meta_gradient(sides.last)
     losses = (meta.loss, sides.loss_plus, sides.loss_minus)
     bad = scaling.overflow(problem, grads)
-    verdict = ranks.conclude(losses, size.degenerate, size.norm)
+    verdict = ranks.conclude(losses, size.degenerate, size.norm, bad)
     if verdict is not None:
         size = replace(size, degenerate=verdict.degenerate)
         bad = verdict.bad if bad is None else bad | verdict.bad
@@ -89,7 +90,7 @@ def evaluate(
         sides.move()
         theta.keep(unless=bad)
     return Outcome(
-        tuple(g.to(p.dtype) for p, g in zip(problem.meta_params, grads, strict=True)), losses, size, sides.step
+        tuple(like(g.to(p.dtype), p) for p, g in zip(problem.meta_params, grads, strict=True)), losses, size, sides.step
     )
 
 
@@ -154,16 +155,18 @@ def _quotient(
 
     The arithmetic is in float32, or float64 for float64 gradients, whatever the dtype of lambda.
     """
-    params = [problem.meta_params[row] for row in rows]
+    params = [local(problem.meta_params[row]) for row in rows]
     results = [torch.zeros_like(p) if g is None else g for p, g in zip(params, first, strict=True)]
     others = [torch.zeros_like(p) if g is None else g for p, g in zip(results, last, strict=True)]
-    shared = quotient / ranks.base_share
+    if not rows:
+        return results
+    base_share, meta_share = ranks.shares_of(rows[0])  # the same for all of them
     for has_explicit in (False, True):
         chosen = [i for i, row in enumerate(rows) if (explicit[row] is not None) == has_explicit]
         if chosen:
-            terms = scaling.explicit_terms(problem, [explicit[rows[i]] for i in chosen], ranks.meta_share)
+            terms = scaling.explicit_terms(problem, [explicit[rows[i]] for i in chosen], meta_share)
             ops.central_difference(
-                [results[i] for i in chosen], [others[i] for i in chosen], terms, shared, size.explicit,
+                [results[i] for i in chosen], [others[i] for i in chosen], terms, quotient / base_share, size.explicit,
                 backend=problem.backend,
             )  # fmt: skip
     return results

@@ -18,8 +18,8 @@ _WHAT = {
     "reference": "plain PyTorch",
 }
 OPS = (
-    "adapt_norm_adam", "adapt_norm_scale", "adapt_norm_moments", "step_size", "perturb", "restore",
-    "central_difference",
+    "adapt_norm_adam", "adapt_norm_low_bit_adam", "adapt_norm_scale", "adapt_norm_moments", "step_size", "perturb",
+    "restore", "central_difference",
 )  # fmt: skip
 
 

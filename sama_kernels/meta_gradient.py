@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
 from sama_kernels import backends, checks, clipping, differences, ops, scaling
-from sama_kernels.distributed import Adapt, CommHook, quiet, ranks_of
+from sama_kernels.distributed import Adapt, CommHook, arguments, quiet, ranks_of, sharded
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
 from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
@@ -59,7 +59,8 @@ def meta_grad(
             did to theta is in `.grad` and in the optimizer's state.
         meta_loss: L_meta, a function () -> scalar tensor that reads theta (and lambda, if it likes).
         base_params: theta, an nn.Module or an iterable of leaf tensors and modules; float32, float64, bfloat16 or
-            float16, any shapes. Those that do not require grad are left out.
+            float16, any shapes; DTensors too (`fully_shard`, tensor parallelism). Those that do not require grad are
+            left out.
         meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad. No tensor
             may be in both: where lambda is part of the model, pass the other parameters as base_params.
         optimizer: the torch optimizer that made the base step, of exactly one of the types in `info()["optimizers"]`
@@ -113,7 +114,7 @@ def meta_grad(
     Afterwards, also after an error or Ctrl-C, parameters (unless update_base), `.grad`, buffers and the states of the
     random number generators are what they were, bit for bit. Extra memory: one buffer of theta's size.
     """
-    synchronisation = checks.synchronisation(sync, group, weight, bucket_mib, comm_hook)
+    synchronisation = arguments.synchronisation(sync, group, weight, bucket_mib, comm_hook)
     checks.choice("adaptation", adaptation, checks.ADAPTATIONS)
     checks.choice("hold", hold, checks.HOLDS)
     checks.choice("rounding", rounding, checks.ROUNDINGS)
@@ -127,9 +128,11 @@ def meta_grad(
     stepped, name = (theta, "base_params") if masters is None else (masters, "master_params")
     if optimizer is not None or adaptation != "none":
         checks.held_by(optimizer, stepped, name)
+    arguments.parts(theta, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
     loss_scale = scaling.scale_of(grad_scaler, device)
     base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
     reach = reachable((*base_losses, meta_closure, base_params, meta_params))
+    fsdp = sharded.fsdp_modules(reach.modules)
     if reach.compiled:
         checks.no_graph_memory(device)
     given = (m for m in (base_params, meta_params) if isinstance(m, nn.Module))
@@ -155,7 +158,10 @@ def meta_grad(
         master_params=masters,
         synchronisation=synchronisation,
         reached=tuple(reach.modules),
+        fsdp=fsdp,
+        owned=sharded.managed(fsdp),
     )
+    arguments.same_direction(problem)
     return _sama(problem)
 
 
@@ -217,13 +223,13 @@ def _sama(problem: Problem) -> MetaGradient:
         # 1. The direct gradient d.
         meta = direct_gradient(problem, ranks, interrupts)
         # 2. v = D d, in the memory of d.
-        v, norm_sqs = ranks.adapted(meta.d, problem.base_params)
+        v, norm_sqs = ranks.adapted(meta.d)
         # 3. epsilon = alpha / ||v||, on the device.
         size = scaling.step_size(problem, norm_sqs)
         moving = [p for p, x in zip(problem.base_params, v, strict=True) if x is not None]
         directions = [x for x in v if x is not None]
         v.clear()  # "exact" replaces these tensors one by one
-        with frozen(problem.base_params), Perturbation(moving, directions, problem.backend) as theta:
+        with frozen(problem.base_params), Perturbation(moving, directions, problem.backend, problem.fsdp) as theta:
             # 4. dL_base/dlambda on both sides of theta, of the same function (or its derivative along v, if "exact"),
             # 5. and their difference quotient.
             out = differences.evaluate(problem, theta, size, meta, ranks, buffers, rng, interrupts)
@@ -234,7 +240,7 @@ def _sama(problem: Problem) -> MetaGradient:
 
 
 def _adaptation(problem: Problem) -> Adapt:
-    """What turns d into v = D d."""
+    """What turns d into v = D d, and gives the parts of ||v||^2 over all ranks."""
     plan = adaptations.plan(
         problem.optimizer, problem.step_params, problem.adaptation,
         name=problem.step_params_name, skipped=problem.skipped is True,
@@ -244,7 +250,20 @@ def _adaptation(problem: Problem) -> Adapt:
     def adapt(v: list[Tensor | None]) -> list[Tensor]:
         return clipping.apply(problem, clipped, v, adaptations.apply(plan, v, problem.backend))
 
-    return adapt
+    divided = sharded.by_groups(problem.base_params, range(len(problem.base_params)))
+    if set(divided) == {()}:
+        return adapt
+
+    def adapt_parts(v: list[Tensor | None]) -> list[Tensor]:
+        norm_sqs = []
+        for groups, rows in divided.items():
+            part = [x if row in rows else None for row, x in enumerate(v)]
+            norm_sqs.append(sharded.sum_over(torch.stack(adapt(part)).sum(), groups))
+            for row in rows:
+                v[row] = part[row]
+        return norm_sqs
+
+    return adapt_parts
 
 
 def _realised(step: Tensor | None, length: Tensor) -> tuple[Tensor | None, Tensor | None]:

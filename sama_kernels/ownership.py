@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 
-def own(grads: list[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+def own(
+    grads: list[Tensor | None], like: Sequence[Tensor], owned: Collection[int] = frozenset()
+) -> list[Tensor | None]:
     """`grads` where nobody else can see them, without a copy in the usual case.
 
     autograd may hand out one buffer for two inputs, an expanded scalar, or a tensor that a custom backward still
     holds. Those are copied into the layout of `like`; all others (every gradient of a transformer) are taken as they
-    are. `grads` itself must be the only list that holds them.
+    are. `grads` itself must be the only list that holds them. The rows `owned` are ours already.
     """
     # Measured here and now: the counts differ between versions of torch and Python, and where torch.compile has
     # replaced Python's own evaluation of frames.
@@ -23,7 +25,7 @@ def own(grads: list[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | Non
     storages: set[int] = set()
     for i in range(len(grads)):
         grad = grads[i]
-        if grad is not None:
+        if grad is not None and i not in owned:
             storage = grad.untyped_storage().data_ptr()
             exclusive = _references(grad) == (view if grad._is_view() else plain)
             if not exclusive or storage in storages or torch._debug_has_internal_overlap(grad) != 0:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from sama_kernels import checks, detach_watch, ops
 from sama_kernels import held_values as holding
 from sama_kernels.backends.reference import bits
 from sama_kernels.buffers import BufferGuard
-from sama_kernels.distributed import Alone
+from sama_kernels.distributed import Alone, sharded
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.ownership import own
 from sama_kernels.replayed_masks import ReplayedMasks
@@ -43,8 +44,8 @@ def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> M
         loss = problem.meta_loss()
         checks.scalar_loss("meta_loss", loss, "base_params")
         inputs = (*problem.base_params, *problem.meta_params)
-        with ranks.meta_backward(problem.base_params):
-            grads = torch.autograd.grad(problem.scaled(loss), inputs, allow_unused=True)
+        with ranks.meta_backward():
+            grads = sharded.gradients(problem.scaled(loss, ranks.meta_factor), inputs, problem.owned)
         checks.whole_graph("meta_loss", loss, grads[:n])
         loss = loss.detach().reshape(())
     d: list[Tensor | None] = list(grads[:n])
@@ -64,18 +65,23 @@ def buffer_guard(problem: Problem) -> BufferGuard:
 class Perturbation:
     """theta -> theta+ -> theta-, and back bit for bit when the block is left, however it is left.
 
-    v's memory is used up: it holds what brings theta back (`ops.perturb`).
+    v's memory is used up: it holds what brings theta back (`ops.perturb`). Of sharded parameters this rank's parts
+    move; what FSDP has gathered of them it is told to gather anew.
     """
 
-    def __init__(self, params: Sequence[Tensor], v: list[Tensor], backend: str) -> None:
-        self.params = params
+    def __init__(self, params: Sequence[Tensor], v: list[Tensor], backend: str, fsdp: Sequence[Any] = ()) -> None:
+        self.params: list[Tensor] = [sharded.local(p) for p in params]
         self.v = v
+        self._parts = sharded.by_groups(params, range(len(params)))
+        self._numbers = [sharded.part_number(params[rows[0]]) for rows in self._parts.values()]
         self._backend = backend
-        self._versions = tuple(p._version for p in params)
+        self._fsdp = fsdp
+        self._versions = tuple(p._version for p in self.params)
         self._moved = False
         self._kept = False
 
     def __enter__(self) -> Perturbation:
+        sharded.reshard(self._fsdp)  # what is gathered from here on is frozen
         return self
 
     def __exit__(
@@ -86,6 +92,7 @@ class Perturbation:
             if not self._kept:
                 # The same bits as before: a graph of the caller's that saved theta may still be used.
                 torch._C._autograd._unsafe_set_version_counter(tuple(self.params), self._versions)
+        sharded.reshard(self._fsdp)
 
     def plus(self, epsilon: Tensor, rounding: int, seed: int) -> Tensor | None:
         """theta -> theta+ = theta + epsilon v.
@@ -94,21 +101,27 @@ class Perturbation:
         whose rounding is far below a step.
         """
         measure = any(p.element_size() == 2 for p in self.params)
-        step = ops.perturb(
-            self.params, self.v, epsilon, ops.PLUS,
-            rounding=rounding, seed=seed, measure=measure, backend=self._backend,
-        )  # fmt: skip
+        steps = []
         self._moved = True
-        return step if measure else None
+        for (groups, rows), number in zip(self._parts.items(), self._numbers, strict=True):
+            step = ops.perturb(
+                [self.params[i] for i in rows], [self.v[i] for i in rows], epsilon, ops.PLUS,
+                rounding=rounding, seed=_seed_of_part(seed, number), measure=measure, backend=self._backend,
+            )  # fmt: skip
+            steps.append(sharded.sum_over(step, groups) if measure else step)
+        sharded.reshard(self._fsdp)
+        return torch.stack(steps).sum(0) if measure else None
 
     def minus(self, epsilon: Tensor) -> None:
         """theta+ -> theta- = theta - epsilon v."""
         ops.perturb(self.params, self.v, epsilon, ops.MINUS, backend=self._backend)
+        sharded.reshard(self._fsdp)
 
     def toggle(self) -> None:
         """theta+- -> theta, or back again."""
         ops.restore(self.params, self.v, backend=self._backend)
         self._moved = not self._moved
+        sharded.reshard(self._fsdp)
 
     def keep(self, unless: Tensor | None = None) -> None:
         """Leave theta where it is: at theta-, which is the paper's base update theta - epsilon v.
@@ -121,6 +134,11 @@ class Perturbation:
         else:
             # The XOR bits that the way back takes: without them theta stays where it is.
             torch._foreach_mul_([bits(x) for x in self.v], unless)
+
+
+def _seed_of_part(seed: int, number: int) -> int:
+    """Another seed for each part of a sharded parameter, the first having `seed`; signed 64-bit."""
+    return (seed + number * 0xD1B54A32D192ED03 + 2**63) % 2**64 - 2**63
 
 
 class PerturbedPasses:
@@ -139,12 +157,14 @@ class PerturbedPasses:
         self._ranks = ranks
         self._losses = problem.base_losses
         self._scaled = problem.scaled
+        self._owned = problem.owned
         self._compiled = problem.compiled
         self._base_params = problem.base_params
         self._meta_params = problem.meta_params
         self._buffers = buffers
         self._rng = rng
         self._interrupts = interrupts
+        self._averaged = frozenset(i for i, p in enumerate(problem.meta_params) if id(p) in problem.owned)
         self._masks = ReplayedMasks() if problem.base_params[0].device.type == "cpu" else None
         self._tapes: list[holding.Tape] | None = None
         if problem.hold == "auto":
@@ -212,7 +232,7 @@ class PerturbedPasses:
             if last and self._ranks.taken is not None:
                 sums = self._ranks.taken
                 break
-            own_grads = own(grads, self._meta_params)
+            own_grads = own(grads, self._meta_params, self._averaged)
             if len(self._losses) > 1:  # bfloat16 and float16 gradients are added, and later differenced, in float32
                 own_grads = [g.float() if g is not None and g.element_size() == 2 else g for g in own_grads]
             sums = [g if s is None else s if g is None else s.add_(g) for s, g in zip(sums, own_grads, strict=True)]
@@ -232,7 +252,7 @@ class PerturbedPasses:
         if watch is not None:
             watch.report(closure)
         with self._interrupts.allowed(), backward:
-            grads = self.differentiate(self._scaled(loss))
+            grads = self.differentiate(self._scaled(loss, self._ranks.base_factor))
             checks.whole_graph("base_loss", loss, grads)
         checks.dense("meta_params", grads)
         return loss.detach().reshape(()), grads
@@ -244,7 +264,7 @@ class PerturbedPasses:
 
     def differentiate(self, loss: Tensor) -> list[Tensor | None]:
         """Of one microbatch: the gradient of the scaled loss with respect to lambda."""
-        return list(torch.autograd.grad(loss, self._meta_params, allow_unused=True))
+        return sharded.gradients(loss, self._meta_params, self._owned)
 
     def _loss(
         self, i: int, context: AbstractContextManager[object], record: Callable[[Tensor], Tensor] | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sama_kernels import ops
+from sama_kernels.distributed.sharded import by_groups, local, sum_over
 from sama_kernels.types import Problem, Relative
 
 
@@ -27,5 +28,9 @@ def step_size(problem: Problem, norm_sqs: Sequence[Tensor]) -> tuple[Tensor, Ten
 
 def norm_of(params: Sequence[Tensor], backend: str) -> Tensor:
     """||params||_2 over all tensors, float64, 0-dim, summed in a fixed order. Bytes moved: one read of `params`."""
-    # .data has a version counter of its own: the op, which writes nothing at scale 1, counts as in place.
-    return ops.adapt_norm_scale([p.data for p in params], 1.0, backend=backend).sqrt()
+    squares = []
+    for groups, rows in by_groups(params, range(len(params))).items():
+        # .data has a version counter of its own: the op, which writes nothing at scale 1, counts as in place.
+        parts = [local(params[row]).data for row in rows]
+        squares.append(sum_over(ops.adapt_norm_scale(parts, 1.0, backend=backend), groups))
+    return torch.stack(squares).sum().sqrt()

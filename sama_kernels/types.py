@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -139,6 +139,10 @@ class Problem:
     """None: this process is alone."""
     reached: tuple[torch.nn.Module, ...] = ()
     """All modules that were found, those that only the closures know too."""
+    fsdp: tuple[Any, ...] = ()
+    """Those of them that `fully_shard` was called on."""
+    owned: dict[int, Tensor] = field(default_factory=dict)
+    """The parameters that those gather, by id; their gradients come averaged, and through `.backward()` alone."""
 
     @property
     def step_params(self) -> tuple[Tensor, ...]:
@@ -150,12 +154,14 @@ class Problem:
         """The argument that `step_params` came from."""
         return "base_params" if self.master_params is None else "master_params"
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """`loss` as it is differentiated: times the scale of the GradScaler, where there is one."""
-        if self.loss_scale is None:
+    def scaled(self, loss: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+        """`loss` as it is differentiated: times the scale of the GradScaler, where there is one, and `factor`."""
+        if self.loss_scale is not None:
+            factor = self.loss_scale * factor
+        if isinstance(factor, float) and factor == 1.0:
             return loss
         with torch.enable_grad():
-            return loss * self.loss_scale
+            return loss * factor
 
     @property
     def tiny(self) -> float:

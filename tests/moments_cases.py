@@ -26,7 +26,7 @@ class Variant:
     buffers: bool = False
 
     def __str__(self) -> str:
-        name = ("linear", "ratio", "centered", "maximum")[self.form]
+        name = ("linear", "ratio", "centered", "maximum", "delta")[self.form]
         return " ".join([name, *(part for part in ("firsts", "decay", "buffers") if getattr(self, part))])
 
 
@@ -42,6 +42,8 @@ VARIANTS = [
     Variant(ops.CENTERED, firsts=True, decay=0.1, buffers=True),
     Variant(ops.MAXIMUM, firsts=True),
     Variant(ops.MAXIMUM, firsts=True, decay=0.1),
+    Variant(ops.DELTA, firsts=True),
+    Variant(ops.DELTA, firsts=True, decay=0.1),
 ]
 
 
@@ -89,6 +91,8 @@ class Moments:
     def _row(self, c: float, exact: bool) -> Row:
         eps = 1e-3 * c
         tail = eps if exact else 0.0
+        if self.variant.form == ops.DELTA:  # decay takes up to half of theta in a step
+            return Row(5 * c, 1.0, 0.0, 1.0, c - 0.1, 1.1 - c, 1e-5 * c, float(exact))
         if self.variant.form == ops.MAXIMUM:
             return Row(3e-3 * c, 0.0, 1.0, 0.1, 0.0, 0.0, eps, tail)
         if self.variant.form == ops.RATIO and self.variant.firsts:
@@ -96,20 +100,30 @@ class Moments:
         return Row(3e-3 * c, 1.0, 0.0, 1.0, 1.5 * c, 0.3 * c, eps, tail)
 
     def _steps(self, shape: tuple[int, ...], row: Row) -> dict[str, Tensor]:
-        maximum, centered = (self.variant.form == form for form in (ops.MAXIMUM, ops.CENTERED))
         theta = torch.randn(shape, dtype=F64)
         m, w, buffer = torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros_like(theta)
-        mean = row.omega if centered else 0.1
         for _ in range(4):
             g = 0.01 * torch.randn(shape, dtype=F64)
-            m = m + mean * (g - m)
-            w = torch.maximum(0.9 * w, g.abs() + row.eps) if maximum else (1 - row.omega) * w + row.omega * g * g
-            step = self._numerator(row, g, m) / self._divisor(row, m, w)
+            m, w, step = self._step(row, g, m, w)
             buffer = 0.5 * buffer + step
             before = theta
             theta = theta - row.rate * (buffer if self.variant.buffers else step)
         grads = self.sign * (g - self.variant.decay * before)
         return {"grads": grads, "firsts": m, "seconds": w, "params": theta, "buffers": buffer}
+
+    def _step(self, row: Row, g: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state that a step leaves, and the step itself, without its rate."""
+        form = self.variant.form
+        if form == ops.DELTA:
+            w = row.kappa * w + row.omega * g * g
+            step = g * ((m + row.eps) / (w + row.eps)).sqrt()
+            return row.kappa * m + row.omega * step * step, w, step
+        m = m + (row.omega if form == ops.CENTERED else 0.1) * (g - m)
+        if form == ops.MAXIMUM:
+            w = torch.maximum(0.9 * w, g.abs() + row.eps)
+        else:
+            w = (1 - row.omega) * w + row.omega * g * g
+        return m, w, self._numerator(row, g, m) / self._divisor(row, m, w)
 
     def _numerator(self, row: Row, g: Tensor, m: Tensor) -> Tensor:
         return row.a * g if self.variant.form == ops.CENTERED else row.a * g + row.b * m
@@ -144,6 +158,15 @@ class Moments:
             torch.finfo(x).eps
             for x in (*(x[i].dtype for x in (self.firsts, self.seconds) if x), compute_dtype(d.dtype))
         )
+        if form == ops.DELTA:
+            g = self._gradient_before_delta(i, row, m, w)
+            before = (m + row.kappa * row.eps) * (w + row.eps) / (row.kappa * (w + row.eps) + row.omega * g * g)
+            r, noise = w - row.omega * g * g, 8 * ulp * w
+            top = torch.where(r.abs() <= noise, 0.0, r) + row.eps
+            derivative = (
+                torch.where((self.grads[i] == 0) & (g == 0), row.tail, 1.0) * before.sqrt() * top / (w + row.eps) ** 1.5
+            )
+            return undecided(self.sign * row.rate * derivative * d, r.abs(), noise)
         q = self._divisor(row, m, w)
         g = self._gradient(i, row, m, q)
         n = self._numerator(row, g, m)
@@ -174,3 +197,17 @@ class Moments:
             return g + decay * (theta + row.rate * self.buffers[i].double())
         mean = 0.0 if self.variant.form == ops.CENTERED else row.rate * row.b * m / q
         return (g + decay * (theta + mean)) / (1 - decay * row.rate * row.a / q)
+
+    def _gradient_before_delta(self, i: int, row: Row, m: Tensor, w: Tensor) -> Tensor:
+        """By bisection, between the gradients that the state allows."""
+        g = self.sign * self.grads[i].double()
+        if not self.variant.decay:
+            return g
+        known, bound = g + self.variant.decay * self.params[i].double(), (w / row.omega).sqrt()
+        low, high = -bound, bound
+        for _ in range(80):
+            x = (low + high) / 2
+            delta = x * ((m + row.kappa * row.eps) / (row.kappa * (w + row.eps) + row.omega * x * x)).sqrt()
+            above = x - self.variant.decay * row.rate * delta > known
+            low, high = torch.where(above, low, x), torch.where(above, x, high)
+        return high

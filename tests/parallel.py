@@ -23,27 +23,38 @@ def portion(rows: int, rank: int, world: int, unequal: bool) -> slice:
 
 
 class Divided:
-    """Meta-Weight-Net with a per-class bias lambda that only some samples read, on this rank's rows (or on all)."""
+    """Meta-Weight-Net on this rank's rows, or on all."""
 
     def __init__(
-        self, rank: int = 0, world: int = 1, *, unequal: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0
+        self,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        unequal: bool = False,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         torch.manual_seed(seed)
         self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
         self.weigher = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1), nn.Sigmoid()).to(dtype)
-        self.bias = nn.Parameter(0.1 * torch.randn(3, dtype=dtype))
         self.everything = (torch.randn(BASE_ROWS, 5, dtype=dtype), torch.randn(BASE_ROWS, 1, dtype=dtype))
         meta = (torch.randn(META_ROWS, 5, dtype=dtype), torch.randn(META_ROWS, 1, dtype=dtype))
         base_rows = portion(BASE_ROWS, rank, world, unequal)
         meta_rows = portion(META_ROWS, rank, world, unequal)
         self.base = tuple(x[base_rows] for x in self.everything)
         self.meta = tuple(x[meta_rows] for x in meta)
+        self.net.to(device)
+        self.weigher.to(device)
+        self.everything = tuple(x.to(device) for x in self.everything)
+        self.base, self.meta = (tuple(x.to(device) for x in part) for part in (self.base, self.meta))
         self.weight = (float(len(self.base[0])), float(len(self.meta[0])))
         self.explicit = False
+        self.of_losses = True  # the weights; else of the targets, so that nothing has to be held
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         losses = (self.net(x) - y).square()
-        return (self.weigher(sk.stop_gradient(losses)) * losses).mean()
+        return (self.weigher(sk.stop_gradient(losses) if self.of_losses else y) * losses).mean()
 
     def base_loss(self) -> Tensor:
         return self.loss(*self.base)
@@ -64,12 +75,16 @@ class Divided:
             loss = loss + (self.weigher(x[:, :1])).mean()
         return loss
 
-    def train(self, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    def train(
+        self, optimizer: torch.optim.Optimizer, steps: int = 3, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """On all rows, whatever this rank's are, so that every rank has the same optimizer state."""
+        scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         for _ in range(steps):
             optimizer.zero_grad()
-            self.loss(*self.everything).backward()
-            optimizer.step()
+            scaler.scale(self.loss(*self.everything)).backward()
+            scaler.step(optimizer)
+            scaler.update()
         self.weigher.zero_grad()
 
     def optimizer(self, case: int) -> torch.optim.Optimizer:

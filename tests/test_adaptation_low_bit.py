@@ -12,7 +12,7 @@ from stepping import adapted
 from torch import Tensor
 
 from sama_experiments.memory import peak_bytes
-from sama_kernels import adaptation
+from sama_kernels import adaptation, ops
 
 TORCHAO = ["AdamW8bit", "AdamW4bit", "AdamWFp8", "Adam8bit", "Adam4bit", "AdamFp8"]
 BITSANDBYTES = ["AdamW8bit", "AdamW", "AdamW32bit", "Adam8bit", "Adam", "Adam32bit"]
@@ -110,6 +110,63 @@ def _dequantised(state: dict[str, Any], which: int) -> Tensor:
     return stored if type(stored) is Tensor else stored.dequantize()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
+@pytest.mark.parametrize(("module", "name"), TYPES)
+def test_codes_are_read_as_the_package_reads_them(module: str, name: str, steps: int, dtype: torch.dtype) -> None:
+    """The bits of Adam's D at the moments which the package dequantises, with what is known of them put right."""
+    params, optimizer = _stepped(_type(module, name), steps, dtype=dtype)
+    d = [torch.randn_like(p) for p in params]
+    for mode in ("paper", "exact"):
+        expected = [_at_moments_of_the_package(optimizer, p, x, mode) for p, x in zip(params, d, strict=True)]
+        got, _ = adapted(optimizer, params, d, mode, "cpu")
+        assert all(map(same_bits, got, expected))
+
+
+def _at_moments_of_the_package(optimizer: Any, p: Tensor, d: Tensor, mode: str) -> Tensor:
+    v, state, group = d.clone(), optimizer.state[p], optimizer.param_groups[0]
+    m, w = (_dequantised(state, which) for which in (1, 2))
+    if _is_quantised(state):
+        g = p.grad.float()
+        added = (1 - 0.999) * g.square()
+        m, w = ((1 - 0.9) * g, added) if state["step"] == 1 else (m, torch.maximum(w, added))
+    ops.adapt_norm_adam(
+        [v], [p.grad], [m], [w], [], [], [torch.tensor(float(state["step"]))], lr=group["lr"], beta1=0.9, beta2=0.999,
+        eps=group["eps"], weight_decay=0.0, maximize=False, mode=ops.PAPER if mode == "paper" else ops.EXACT,
+        backend="cpu",
+    )  # fmt: skip
+    return v
+
+
+def _is_quantised(state: dict[str, Any]) -> bool:
+    return type(state["exp_avg"]) is not Tensor if "exp_avg" in state else state["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+@pytest.mark.parametrize("block_size", [100, 5000])
+def test_block_sizes_of_torchao(name: str, block_size: int) -> None:
+    p = torch.randn(50, 100, requires_grad=True)
+    optimizer = _type("torchao.optim", name)([p], block_size=block_size)
+    for _ in range(2):
+        p.grad = torch.randn(50, 100)
+        optimizer.step()
+    d = torch.randn(50, 100)
+    (got,), _ = adapted(optimizer, [p], [d], "exact", "cpu")
+    assert same_bits(got, _at_moments_of_the_package(optimizer, p, d, "exact"))
+
+
+@pytest.mark.parametrize(("module", "name"), TYPES)
+def test_one_call_for_all_quantised_parameters_and_one_for_the_others(module: str, name: str) -> None:
+    params = [torch.randn(s, requires_grad=True) for s in ((64, 100), (5,), (128, 128), (7,), (80, 80))]
+    optimizer = _type(module, name)(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    calls = {call.op.__name__: len(call.rows) for call in adaptation.plan(optimizer, params, "paper")}
+    low_bit = name.endswith(("8bit", "4bit", "Fp8"))
+    assert calls == ({"adapt_norm_low_bit_adam": 3, "adapt_norm_adam": 2} if low_bit else {"adapt_norm_adam": 5})
+
+
 def test_second_moments_that_were_rounded_to_zero() -> None:
     """One cell of a block is so large that w of the others is stored as 0. To the letter of that state D would be
     lr (1 - beta1) / (c1 eps), 1e5 times too much; the step itself added (1 - beta2) g^2 to it."""
@@ -159,7 +216,8 @@ def test_lr_is_that_of_the_step(module: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("module", "name"), [("torchao.optim", "AdamW8bit"), ("bitsandbytes.optim", "AdamW8bit")])
-def test_memory_is_that_of_one_parameter(module: str, name: str) -> None:
+def test_no_memory_beyond_v(module: str, name: str) -> None:
+    """But for a few bytes: what the op returns, and counters."""
     peaks = []
     for count in (1, 6):
         params = [torch.randn(64, 1024, requires_grad=True) for _ in range(count)]
@@ -173,7 +231,7 @@ def test_memory_is_that_of_one_parameter(module: str, name: str) -> None:
             adaptation.apply(adaptation.plan(optimizer, params, "paper"), d, "cpu")
 
         peaks.append(peak_bytes(work, torch.device("cpu"))[0])
-    assert 4 * 64 * 1024 < peaks[0] < peaks[1] + 1 < 1.05 * peaks[0]
+    assert 0 < peaks[0] <= peaks[1] < 1000
 
 
 def _torchao(name: str, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""D of NAdam, RAdam, Adagrad, RMSprop, Adamax and ASGD against float64 autograd through torch's own optimizers."""
+"""D of the optimizers of `adapt_norm_moments` against float64 autograd through torch's own steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from op_cases import needs_cpu_kernels
 from problems import relative_error
 from stepping import adapted, differentiated, stepped
 from torch import Tensor
-from torch.optim import ASGD, Adagrad, Adamax, NAdam, RAdam, RMSprop
+from torch.optim import ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop
 
 OPTIONS: dict[Any, list[dict[str, Any]]] = {
     NAdam: [
@@ -54,6 +54,13 @@ OPTIONS: dict[Any, list[dict[str, Any]]] = {
         {"betas": (0.5, 0.3)},  # most maxima are of this step
         {"weight_decay": 0.3},
         {"weight_decay": 0.1, "maximize": True, "betas": (0.5, 0.3), "eps": 1e-3},
+    ],
+    Adadelta: [
+        {"lr": 1.0},
+        {"rho": 0.8, "eps": 1e-4},
+        {"lr": 1.0, "rho": 0.8, "eps": 1e-4, "weight_decay": 0.3},
+        {"lr": 1.0, "weight_decay": 0.9},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
     ],
     ASGD: [
         {},
@@ -202,3 +209,37 @@ def test_sign_like_first_steps_are_exactly_zero_under_paper(
     optimizer.step()
     (v,), norm = adapted(optimizer, [p], [torch.randn_like(p)], "paper", backend)
     assert norm == 0 and (v == 0).all()
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adadelta_leaves_out_only_the_cells_that_its_step_did_not_see(
+    decay: float, maximize: bool, backend: str
+) -> None:
+    """There D = lr sqrt((e + eps) / (w + eps)), which is lr, far more than elsewhere, if no step ever saw the cell."""
+    torch.manual_seed(8)
+    p = torch.randn(9, requires_grad=True)
+    with torch.no_grad():
+        p[6:] = 0
+    optimizer = Adadelta([p], lr=0.1, weight_decay=decay, maximize=maximize)
+    for _ in range(4):  # cells 0 to 2 are seen by every step, 3 to 5 only by decay, 6 and 7 never, 8 not by the last
+        p.grad = torch.randn_like(p)
+        p.grad[3:8] = 0
+        optimizer.step()
+    with torch.no_grad():
+        p[8] = 0
+    p.grad[8] = 0
+    optimizer.step()
+    d = torch.rand_like(p) + 0.5
+    (exact,), _ = adapted(optimizer, [p], [d], "exact", backend)
+    (paper,), norm = adapted(optimizer, [p], [d], "paper", backend)
+    unseen = p.grad == 0 if decay == 0 else (p.grad == 0) & (p == 0)
+    assert unseen.sum() == (6 if decay == 0 else 3)
+    assert torch.equal(paper, torch.where(unseen, 0.0, exact))
+    assert relative_error(norm, paper.norm()) < 1e-13
+    state = optimizer.state[p]
+    rms = ((state["acc_delta"] / 0.9 + 1e-6) / (state["square_avg"] + 1e-6)).sqrt()
+    sign = -1 if maximize else 1
+    torch.testing.assert_close(exact[6:], (sign * 0.1 * rms * d)[6:], rtol=1e-13, atol=0)
+    assert (exact[6:8].abs() > 30 * exact[:3].abs().max()).all()

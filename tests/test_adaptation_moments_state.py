@@ -1,4 +1,4 @@
-"""NAdam, RAdam, Adagrad, RMSprop, Adamax and ASGD: which step was made, weight decay at its limit, state layouts."""
+"""The optimizers of `adapt_norm_moments`: which step was made, weight decay at its limit, state layouts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from problems import relative_error
 from stepping import SHAPES, adapted, stepped
 from test_adaptation_moments import BACKENDS, OPTIONS
 from torch import Tensor
-from torch.optim import ASGD, Adagrad, Adamax, NAdam, RAdam, RMSprop
+from torch.optim import ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop
 
 from sama_kernels import adaptation, ops
 
@@ -108,12 +108,37 @@ def test_cells_whose_step_forgets_theta_stay_bounded(dtype: torch.dtype, backend
     assert known.sum() > 400 and (~known).sum() > 200
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adadelta_finds_theta_again_unless_decay_alone_takes_it_beyond_0(dtype: torch.dtype, backend: str) -> None:
+    """Where decay takes c theta from a cell that gets no other gradient: right for c < 0.99, bounded beyond."""
+    lr, decay, eps, rho = 2.0, 0.5, 1e-6, 0.9
+    torch.manual_seed(4)
+    c = torch.linspace(0.05, 2, 20_000)
+    w = torch.logspace(-2, 2, 20_000)[torch.randperm(20_000)].to(dtype)
+    kept = rho * (w.double() + eps)
+    m = ((c / (lr * decay)).square() * kept - rho * eps).to(dtype)
+    g = (2 * torch.rand_like(c) - 1) * (w.double() / (1 - rho)).sqrt()
+    slope = ((m.double() + rho * eps) / (kept + (1 - rho) * g.square())).sqrt()  # delta / g
+    before = 3 * torch.randn_like(c)
+    p = (before - lr * slope * g).to(dtype).requires_grad_()
+    p.grad = (g - decay * before).to(dtype)
+    optimizer = Adadelta([p], lr=lr, weight_decay=decay, eps=eps, rho=rho)
+    optimizer.state[p] = {"step": torch.tensor(9.0), "square_avg": w, "acc_delta": m}
+    (v,), norm = adapted(optimizer, [p], [torch.ones_like(p)], "exact", backend)
+    right = lr * slope * (1 - (1 - rho) * g.square() / (w.double() + eps))
+    assert v.isfinite().all() and norm.isfinite() and (v.abs() <= 1.001 * c / decay).all()
+    error = (v - right).abs()[c < 0.99] / right.abs().max()
+    assert error.max() < (1e-3 if dtype == torch.float32 else 1e-11)
+
+
 # Layouts of the state
 
 TENSOR_LR = torch.tensor(0.01, dtype=torch.float64)
 CAPTURABLE = [{"capturable": True, "foreach": f, **lr} for f in (False, True) for lr in ({}, {"lr": TENSOR_LR})]
 LAYOUTS = {
-    NAdam: CAPTURABLE, RAdam: CAPTURABLE, RMSprop: CAPTURABLE, Adamax: CAPTURABLE, ASGD: CAPTURABLE,
+    NAdam: CAPTURABLE, RAdam: CAPTURABLE, RMSprop: CAPTURABLE, Adamax: CAPTURABLE,
+    Adadelta: CAPTURABLE, ASGD: CAPTURABLE,
     Adagrad: [{"fused": True}, {"fused": True, "lr": TENSOR_LR}],
 }  # fmt: skip
 
@@ -169,7 +194,7 @@ def test_layouts_on_a_gpu(kind: Any, capturable: bool) -> None:
 def test_coefficients_of_device_counters_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """No number is read on the host: reading one from a tensor fails in this test."""
     plans: list[Callable[[], object]] = []
-    for kind in (NAdam, RAdam, RMSprop, Adamax, ASGD):
+    for kind in (NAdam, RAdam, RMSprop, Adamax, Adadelta, ASGD):
         monkeypatch.setattr(
             sys.modules[kind.__module__], "_get_capturable_supported_devices", lambda *_, **__: ["cpu"], raising=False
         )

@@ -92,7 +92,8 @@ def test_what_does_nothing_is_wrong(op: cases.Op) -> None:
     idle = library(inputs, "reference")
     assert cases.fault(op, idle, expected, 1e-5) is None
     op.begin(idle)
-    idle._adam = idle._moments = idle._scale = idle._perturb = idle._restore = idle._difference = nothing
+    for name in ("adam", "low_bit", "moments", "scale", "perturb", "restore", "difference"):
+        setattr(idle, f"_{name}", nothing)
     idle_begin = cases.Op(**{**vars(op), "begin": cases.nothing})
     why_not = cases.fault(idle_begin, idle, expected, 1e-5) or ""
     # The whole part ends where it began, at theta: only its step size shows that nothing was done.

@@ -207,6 +207,11 @@ CASES: dict[str, tuple[Callable[[Setting], dict[str, Any]], type[Exception], str
     ),
     "hold": (lambda s: {"hold": "plus"}, ValueError, r"hold: 'plus' is none of"),
     "sync": (lambda s: {"sync": "all"}, ValueError, r"sync: 'all' is none of"),
+    "group": (lambda s: {"group": object()}, ValueError, r"group: torch.distributed is not initialised; call"),
+    "weight": (lambda s: {"weight": -1.0}, ValueError, r"weight: expected a finite number >= 0, or two"),
+    "weights": (lambda s: {"weight": (1.0, 2.0, 3.0)}, ValueError, r"weight: expected a finite number >= 0, or two"),
+    "bucket_mib": (lambda s: {"bucket_mib": 0}, ValueError, r"bucket_mib: must be positive and finite, got 0"),
+    "comm_hook": (lambda s: {"comm_hook": "bf16"}, TypeError, r"comm_hook: expected a function \(group, bucket\)"),
     "backend": (lambda s: {"backend": "gpu"}, ValueError, r"backend: 'gpu' is none of"),
     "cuda": (lambda s: {"backend": "cuda"}, RuntimeError, r"backend: 'cuda' cannot be used: .*\"auto\""),
     "triton": (lambda s: {"backend": "triton"}, RuntimeError, r"backend: 'triton' cannot be used"),
@@ -226,15 +231,6 @@ def test_bad_input(case: str) -> None:
     assert "\n" not in str(raised.value)
     assert all(same_bits(p, q) for p, q in zip(setting.net.parameters(), before, strict=True))
     assert all(p.requires_grad for p in setting.net.parameters())
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
-    setting = Setting()
-    with pytest.raises(NotImplementedError, match=r"sync: 'final'.*sync=\"none\""):
-        setting.run()
-    assert not setting.run(sync="none").degenerate
 
 
 def test_a_missing_extension_is_an_error_not_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,9 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # are larger, too.
 KERNELS = {
     "adam_kernel": (16, 128, 248),
+    "low_bit_adam_kernel": (8, 80, 168),
     "scale_kernel": (2, 64, 80),
-    "moments_kernel": (22, 128, 248),
+    "moments_kernel": (26, 128, 248),
     "plus_kernel": (4, 80, 120),
     "minus_kernel": (2, 64, 80),
     "restore_kernel": (1, 40, 0),
@@ -187,6 +188,7 @@ def test_info_says_what_auto_would_use(monkeypatch: pytest.MonkeyPatch, availabl
     choices = sk.info()["ops"]
     assert set(choices) == {
         "adapt_norm_adam",
+        "adapt_norm_low_bit_adam",
         "adapt_norm_scale",
         "adapt_norm_moments",
         "step_size",

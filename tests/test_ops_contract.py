@@ -152,8 +152,8 @@ ERRORS: list[tuple[Callable[[str], object], str]] = [
     (adam_call(v=[ones(4, 1).expand(4, 3), ones(5)]), r"v\[0\] is expanded"),
     (moments_call(Variant(ops.LINEAR), v=[]), "adapt_norm_moments: v is empty"),
     (
-        moments_call(Variant(ops.LINEAR), form=4),
-        r"form must be 0 \(linear\), 1 \(ratio\), 2 \(centered\) or 3 \(maximum\), not 4",
+        moments_call(Variant(ops.LINEAR), form=5),
+        r"form must be 0 \(linear\), 1 \(ratio\), 2 \(centered\), 3 \(maximum\) or 4 \(delta\), not 5",
     ),
     (moments_call(Variant(ops.RATIO), grads=[]), "adapt_norm_moments: grads has 0 tensors, but v has 2"),
     (moments_call(Variant(ops.RATIO), seconds=[ones(4, 3)]), "seconds has 1 tensors, but v has 2"),
@@ -164,10 +164,11 @@ ERRORS: list[tuple[Callable[[str], object], str]] = [
         r"seconds\[1\] has shape \[6\], but v\[1\]",
     ),
     (moments_call(Variant(ops.RATIO), weight_decay=0.1), "params is empty, but weight_decay needs theta"),
-    (
-        moments_call(Variant(ops.RATIO, True, 0.1), buffers=[ones(4, 3), ones(5)]),
-        r"buffers do not go with firsts, except in form 2 \(centered\)",
+    *(
+        (moments_call(Variant(form, True, 0.1), buffers=[ones(4, 3), ones(5)]), r"buffers .* except in form 2")
+        for form in (ops.RATIO, ops.MAXIMUM, ops.DELTA)
     ),
+    (moments_call(Variant(ops.DELTA)), "firsts has 0 tensors, but v has 2"),
     (moments_call(Variant(ops.RATIO, decay=0.1), buffers=[ones(4, 3)]), "buffers has 1 tensors, but v has 2"),
     (moments_call(Variant(ops.RATIO), coefficients=ones(2, 8)), "coefficients must be float64"),
     (

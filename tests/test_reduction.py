@@ -26,7 +26,7 @@ def tensors() -> list[Tensor]:
 @pytest.mark.parametrize("mib", [1e-9, 40 / MIB, 100 / MIB, 1.0])
 def test_every_tensor_has_its_place(mib: float) -> None:
     like = tensors()
-    buckets = divide(like, mib)
+    buckets = divide(dict(enumerate(like)), torch.device("cpu"), mib)
     assert sorted(row for b in buckets for row in b.rows) == list(range(len(like)))
     for b in buckets:
         assert b.rows == sorted(b.rows, reverse=True)
@@ -54,7 +54,7 @@ def test_every_tensor_has_its_place(mib: float) -> None:
 def _sum_in_any_order(rank: int, world: int, mib: float) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(rank)
     grads = tensors()
-    reduce = OverlappedReduction(grads, None, mib, prepare=Bucket.zero_missing)
+    reduce = OverlappedReduction(dict(enumerate(grads)), grads[0].device, None, mib, prepare=Bucket.zero_missing)
     order = torch.randperm(len(grads)).tolist()  # another one on every rank
     for row in order[: len(order) - rank % 2]:  # an odd rank never gets its last gradient
         reduce.view(row).copy_(grads[row])
@@ -62,7 +62,7 @@ def _sum_in_any_order(rank: int, world: int, mib: float) -> tuple[list[Tensor], 
     if rank % 2:
         grads[order[-1]].zero_()
     reduce.wait()
-    return grads, [v.clone() for v in reduce.views()]
+    return grads, [v.clone() for v in map(reduce.view, reduce.rows)]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -114,7 +114,7 @@ def test_buckets_are_sent_when_complete_and_read_only_after_their_event(monkeypa
         collective.log.append(f"prepare {bucket.rows}")
 
     reduce = OverlappedReduction(
-        grads, None, 80 / MIB,  # two to a bucket: rows [4, 3], [2, 1], [0]
+        dict(enumerate(grads)), grads[0].device, None, 80 / MIB,  # two to a bucket: rows [4, 3], [2, 1], [0]
         prepare=prepare,
         arrived=lambda b: collective.log.append(f"arrived {b.rows} {bool(b.flat.isfinite().all())}"),
     )  # fmt: skip
@@ -131,7 +131,7 @@ def test_buckets_are_sent_when_complete_and_read_only_after_their_event(monkeypa
         "prepare [0]", "send 2", "wait 0", "arrived [4, 3] True", "wait 1", "arrived [2, 1] True", "wait 2",
         "arrived [0] True",
     ]  # fmt: skip
-    for got, grad in zip(reduce.views(), [torch.zeros(10), *grads[1:]], strict=True):
+    for got, grad in zip(map(reduce.view, reduce.rows), [torch.zeros(10), *grads[1:]], strict=True):
         assert torch.equal(got, 2 * grad)
 
 

@@ -10,6 +10,7 @@ import torch
 from parallel import Divided, bits_of
 from problems import OPTIMIZERS, flat, relative_error
 from ranks import run_ranks
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import sama_kernels as sk
@@ -159,6 +160,59 @@ def test_none_and_other_dtypes_and_compressed_buckets() -> None:
                 error = relative_error(found[f"{name} {dtype}"], mean)
                 assert error < 4 * max(eps, torch.finfo(compressed).eps)
                 assert error > 0
+
+
+def _scaled(rank: int, world: int) -> Tensor:
+    """With a GradScaler; at last the gradients of the last pass overflow on one rank alone."""
+    problem, scaler = Divided(rank, world, dtype=torch.float32), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    problem.explicit = True
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer, scaler=scaler)
+    grads = flat(problem.meta_grad(optimizer, sync="full", grad_scaler=scaler).grads)
+    theta = bits_of(list(problem.net.parameters()))
+    if rank == 1:
+        original, calls = problem.loss, []
+
+        def overflowing(x: Tensor, y: Tensor) -> Tensor:
+            calls.append(None)
+            return original(x, y) * (1e37 if len(calls) == 2 else 1.0)
+
+        problem.loss = overflowing
+    problem.of_losses = False
+    out = problem.meta_grad(optimizer, sync="full", grad_scaler=scaler, update_base=True)
+    if world > 1:
+        assert out.degenerate and not any(g.any() for g in out.grads)
+        assert all(torch.equal(a, b) for a, b in zip(theta, problem.net.parameters(), strict=True))
+    return grads
+
+
+def test_scaled_losses_that_overflow_on_one_rank() -> None:
+    expected = _scaled(0, 1)
+    for grads in run_ranks(2, _scaled):
+        assert relative_error(grads, expected) < 1e-3  # float32 differences
+
+
+def _hypernetwork(rank: int, world: int) -> Tensor:
+    """lambda is made of other tensors, and the meta loss has another term in these."""
+    problem = Divided(rank, world)
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer)
+    x, y = problem.base
+    source = torch.linspace(-1, 1, 5).double().requires_grad_()
+    made = (source * 2).tanh()
+    loss = sk.sama_loss(
+        lambda: (torch.sigmoid(x @ made)[:, None] * (problem.net(x) - y).square()).mean(), problem.meta_loss,
+        base_params=problem.net, meta_params=[made], optimizer=optimizer, alpha=0.1, sync="full",
+    )  # fmt: skip
+    (loss + made.square().sum()).backward()
+    assert source.grad is not None
+    return source.grad
+
+
+def test_lambda_that_is_not_a_leaf() -> None:
+    expected = _hypernetwork(0, 1)
+    for got in run_ranks(2, _hypernetwork):
+        assert relative_error(got, expected) < 1e-9
 
 
 def _groups(rank: int, world: int) -> Any:

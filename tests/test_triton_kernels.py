@@ -17,7 +17,7 @@ from op_cases import SEED
 from triton_required import require_interpreter, require_triton
 
 HERE = Path(__file__).parent
-MODULES = ["triton_values.py", "triton_moments.py", "triton_contract.py"]
+MODULES = ["triton_values.py", "triton_moments.py", "triton_low_bit.py", "triton_contract.py"]
 
 
 def run(module: str, **environment: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from low_bit_cases import LowBit
 from moments_cases import Moments, Variant
 from op_cases import BF16, F16, F32, F64, Adam, randn
 from torch import Tensor
@@ -159,6 +160,18 @@ def _moments(dtype: torch.dtype, state: torch.dtype, variant: Variant, aligned: 
     return call
 
 
+def _low_bit(
+    dtype: torch.dtype, bits: int, block_size: int = 256, aligned: bool = True, mode: int = ops.EXACT
+) -> Callable[[], object]:
+    def call() -> object:
+        case = LowBit([(LENGTH,)], dtype, bits=bits, block_size=block_size, mode=mode)
+        if not aligned:
+            case.v = _tensors(1, dtype, aligned=False)[0]
+        return ops.adapt_norm_low_bit_adam(*case.lists, **case.options, backend="triton")
+
+    return call
+
+
 def _scale(dtype: torch.dtype, scale: float = 0.5, lr: Tensor | None = None) -> Callable[[], object]:
     return lambda: ops.adapt_norm_scale(_tensors(1, dtype)[0], scale, lr=lr, backend="triton")
 
@@ -221,7 +234,27 @@ CASES = [
     Case("maximum float32", _moments(F32, F32, Variant(ops.MAXIMUM, True)), 16, 4),
     Case("maximum bfloat16, float32 state, all options", _moments(BF16, F32, Variant(ops.MAXIMUM, True, 0.1)), 14, 2),
     Case("maximum float64, all options", _moments(F64, F64, Variant(ops.MAXIMUM, True, 0.1)), 40, 8),
+    Case("delta float32", _moments(F32, F32, Variant(ops.DELTA, True)), 16, 4),
+    Case("delta float32, all options", _moments(F32, F32, Variant(ops.DELTA, True, 0.1)), 20, 4),
+    Case("delta bfloat16, all options", _moments(BF16, BF16, Variant(ops.DELTA, True, 0.1)), 10, 2),
+    Case("delta float16, float32 state, all options", _moments(F16, F32, Variant(ops.DELTA, True, 0.1)), 14, 2),
+    Case("delta float64, all options", _moments(F64, F64, Variant(ops.DELTA, True, 0.1)), 40, 8),
+    Case("delta bfloat16, unaligned", _moments(BF16, BF16, Variant(ops.DELTA, True, 0.1), False), aligned=False),
     Case("ratio bfloat16, unaligned", _moments(BF16, BF16, Variant(ops.RATIO, True, 0.1), False), aligned=False),
+    Case("low-bit float32, 8 bits", _low_bit(F32, 8), 8, 4),
+    Case("low-bit float32, 8 bits, paper", _low_bit(F32, 8, mode=ops.PAPER), 8, 4, long=False),
+    Case("low-bit float32, 8 bits, blocks of 100", _low_bit(F32, 8, 100), 8, 4),
+    Case("low-bit float32, 4 bits", _low_bit(F32, 4, 128), 8, 4),
+    Case("low-bit float32, 4 bits, blocks of 100", _low_bit(F32, 4, 100), 8, 4),
+    Case("low-bit bfloat16, 8 bits", _low_bit(BF16, 8), 4, 2),
+    Case("low-bit bfloat16, 4 bits", _low_bit(BF16, 4, 128), 4, 2),
+    Case("low-bit float16, 4 bits", _low_bit(F16, 4), 4, 2),
+    Case("low-bit float64, 8 bits", _low_bit(F64, 8), 16, 8, scalars_on_device=True),
+    Case("low-bit float64, 4 bits, blocks of 99", _low_bit(F64, 4, 99), 16, 8, scalars_on_device=True),
+    Case("low-bit float32, 8 bits, unaligned", _low_bit(F32, 8, 100, aligned=False), aligned=False),
+    Case("low-bit float64, 4 bits, unaligned", _low_bit(F64, 4, 99, aligned=False), aligned=False),
+    Case("low-bit float32, 4 bits, unaligned", _low_bit(F32, 4, 99, aligned=False), aligned=False),
+    Case("low-bit bfloat16, 4 bits, unaligned", _low_bit(BF16, 4, aligned=False), aligned=False),
     Case("plus float32", _perturb(F32, ops.PLUS), 8, 8),
     Case("plus float32, measured", _perturb(F32, ops.PLUS, measure=True), 8, 8),
     Case("plus bfloat16", _perturb(BF16, ops.PLUS), 4, 4, long=False),

@@ -9,12 +9,13 @@
 
 namespace sama {
 
-enum class Form : int { Linear, Ratio, Centered, Maximum };
+enum class Form : int { Linear, Ratio, Centered, Maximum, Delta };
 // Where theta before the step comes from, which the gradient contains: nothing is needed; from theta after the step, as
-// the update is linear in g; or from the momentum buffer that was subtracted.
+// the update is linear in g, or by an iteration (Delta); or from the momentum buffer that was subtracted.
 enum class Decay : int { None, Implicit, Buffer };
 
 constexpr int kCoefficients = 8; // of each tensor: rate, a, b, slope, kappa, omega, eps, tail
+constexpr int kHalleySteps = 5; // the error after them: sama_kernels/ops/adapt_norm_moments.py
 
 // What distinguishes the loop bodies. A run-time branch would keep a compiler from vectorising.
 template <Form form_, bool firsts_, Decay decay_>
@@ -47,6 +48,9 @@ void with_moments_variant(Form form, bool firsts, Decay decay, const F& f) {
     case Form::Maximum:
       return decay == Decay::None ? f(MomentsVariant<Form::Maximum, true, Decay::None>{})
                                   : f(MomentsVariant<Form::Maximum, true, Decay::Implicit>{});
+    case Form::Delta:
+      return decay == Decay::None ? f(MomentsVariant<Form::Delta, true, Decay::None>{})
+                                  : f(MomentsVariant<Form::Delta, true, Decay::Implicit>{});
   }
 }
 
@@ -94,6 +98,12 @@ struct MomentsElement {
   T d, g, m, w, p, buffer;
 };
 
+template <class T>
+SAMA_INLINE T held(T x, T bound) {
+  x = x > bound ? bound : x; // not std::min: NaN stays
+  return x < -bound ? -bound : x;
+}
+
 // What the moments saw: under weight decay it contains theta before the step.
 template <class T, class Variant>
 SAMA_INLINE T effective_gradient(const MomentsScalars<T>& k, const MomentsElement<T>& x, T q, T bound) {
@@ -104,9 +114,7 @@ SAMA_INLINE T effective_gradient(const MomentsScalars<T>& k, const MomentsElemen
     T known = g * q + k.weight_decay * (x.p * q);
     if constexpr (Variant::firsts && Variant::form != Form::Centered) known = known + k.decay_m * x.m;
     const T rest = q - k.decay_g;
-    g = rest == zero ? zero : known / rest;
-    g = g > bound ? bound : g; // not std::min: NaN stays
-    g = g < -bound ? -bound : g;
+    g = held(rest == zero ? zero : known / rest, bound);
   }
   return g;
 }
@@ -156,6 +164,51 @@ SAMA_INLINE T maximum_derivative(const MomentsScalars<T>& k, const MomentsElemen
   return ((elsewhere ? k.slope * n : r + k.slope_tail) * inv_n) * inv_n;
 }
 
+// y = known + pull y / sqrt(kappa + y^2), |y| <= bound, by Halley's method.
+template <class T>
+SAMA_INLINE T halley(const MomentsScalars<T>& k, T known, T pull, T bound) {
+  const T zero = 0;
+  const T lift = pull * k.kappa;
+  T y = held(known, bound);
+  SAMA_UNROLL
+  for (int i = 0; i < kHalleySteps; ++i) {
+    const T square = k.kappa + y * y;
+    const T s = std::sqrt(square);
+    const T value = s * (y - known) - pull * y;
+    const T slope = s * square - lift;
+    const T rest = slope * slope - T(1.5) * (lift * (y * value));
+    const T move = rest == zero ? zero : ((value * slope) * square) / rest;
+    y = held(y - move, bound);
+  }
+  return y;
+}
+
+template <class T, class Variant>
+SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
+  const T zero = 0, one = 1;
+  const T spread = x.w + k.eps;
+  const T inv = spread == zero ? zero : one / spread;
+  T known = k.sign * x.g; // and weight_decay theta after the step: 0 where u is
+  if constexpr (Variant::decay == Decay::Implicit) known = known + k.weight_decay * x.p;
+  // The cells that "paper" leaves out are made 0 here and not at the end, until where it takes registers on a GPU.
+  const T kept = (x.g == zero) & (known == zero) ? k.slope_tail : one;
+  const T size = ((x.m + k.kappa * k.eps) * inv) * kept;
+  T square, share; // omega g^2, and over w + eps
+  if constexpr (Variant::decay == Decay::Implicit) {
+    const T y = halley(k, known * std::sqrt(k.omega * inv), k.decay_g * std::sqrt(size), std::sqrt(x.w * inv));
+    share = y * y;
+    square = share * spread;
+  } else {
+    square = k.omega * (known * known);
+    share = square * inv;
+  }
+  const T rest = k.kappa + share;
+  const T rms = std::sqrt(rest == zero ? zero : size / rest); // delta / g
+  T r = x.w - square;
+  r = std::abs(r) <= k.noise * x.w ? zero : r;
+  return rms * ((r + k.eps) * inv);
+}
+
 // D d.
 template <class T, class Variant>
 SAMA_INLINE T moments_element(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
@@ -163,6 +216,8 @@ SAMA_INLINE T moments_element(const MomentsScalars<T>& k, const MomentsElement<T
     return (k.rate * k.slope) * x.d * k.sign;
   else if constexpr (Variant::form == Form::Maximum)
     return (k.rate * maximum_derivative<T, Variant>(k, x)) * x.d * k.sign;
+  else if constexpr (Variant::form == Form::Delta)
+    return (k.rate * delta_derivative<T, Variant>(k, x)) * x.d * k.sign;
   else
     return (k.rate * ratio_derivative<T, Variant>(k, x)) * x.d * k.sign;
 }

@@ -27,8 +27,9 @@ MomentsArguments add_moments_lists(
     const TensorList& seconds, const TensorList& params, const TensorList& buffers, const Tensor& coefficients,
     double weight_decay, int64_t form) {
   if (v.empty()) fail(op, "v is empty");
-  if (form < int64_t(Form::Linear) || form > int64_t(Form::Maximum))
-    fail(op, "form must be 0 (linear), 1 (ratio), 2 (centered) or 3 (maximum), not " + std::to_string(form));
+  if (form < int64_t(Form::Linear) || form > int64_t(Form::Delta))
+    fail(op, "form must be 0 (linear), 1 (ratio), 2 (centered), 3 (maximum) or 4 (delta), not " +
+                 std::to_string(form));
   MomentsArguments a{Form(form), false, Decay::None, nullptr};
   operands.add("v", v, /*written=*/true);
   if (a.form != Form::Linear) {
@@ -41,7 +42,7 @@ MomentsArguments add_moments_lists(
       operands.add("params", params);
       a.decay = Decay::Implicit;
       if (!buffers.empty()) {
-        if (a.form == Form::Maximum || (a.form == Form::Ratio && a.firsts))
+        if (a.firsts && a.form != Form::Centered)
           fail(op, "buffers do not go with firsts, except in form 2 (centered)");
         operands.add("buffers", buffers);
         a.decay = Decay::Buffer;

@@ -65,10 +65,14 @@ void fail(const char* op, const std::string& message) {
   throw std::runtime_error(std::string("sama::") + op + ": " + message);
 }
 
-int TensorLists::add(const char* name, const TensorList& tensors, bool written) {
+void TensorLists::check_count(const char* name, const TensorList& tensors) const {
   if (!lists_.empty() && tensors.size() != lists_[0].tensors->size())
     fail(op_, std::string(name) + " has " + std::to_string(tensors.size()) + " tensors, but " + lists_[0].name +
               " has " + std::to_string(lists_[0].tensors->size()));
+}
+
+int TensorLists::add(const char* name, const TensorList& tensors, bool written) {
+  check_count(name, tensors);
   List list{name, &tensors, written, {}};
   list.dtypes.resize(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -103,6 +107,19 @@ int TensorLists::add_optional(const char* name, const TensorList& tensors) {
   return tensors.empty() ? -1 : add(name, tensors);
 }
 
+int TensorLists::add_in_row_major_order(
+    const char* name, const TensorList& tensors, ScalarType type, const char* type_name) {
+  check_count(name, tensors);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_device(name, tensors, int64_t(i));
+    if (tensors[i].scalar_type() != type) fail(op_, element(name, i) + " is not " + type_name);
+    if (!row_major(tensors[i])) fail(op_, element(name, i) + " is not contiguous");
+  }
+  lists_.push_back({name, &tensors, false, std::vector<Dtype>(tensors.size(), Dtype::F32), true});
+  only_row_major_ = true;
+  return int(lists_.size()) - 1;
+}
+
 void TensorLists::check_device(const char* name, const TensorList& tensors, int64_t index) const {
   const Tensor& tensor = tensors[index];
   if (device_type_ == aoti_torch_device_type_cpu()) {
@@ -127,11 +144,12 @@ bool TensorLists::flat(int64_t index) const {
   const Sizes sizes = tensor(0, index).sizes(), strides = tensor(0, index).strides();
   bool all_row_major = true, all_same = true;
   for (int list = 0; list < lists(); ++list) {
+    if (lists_[list].own_shape) continue;
     const Tensor& other = tensor(list, index);
     all_row_major = all_row_major && row_major(other);
     all_same = all_same && same_strides(sizes, strides, other.strides());
   }
-  return all_row_major || (all_same && dense(sizes, strides));
+  return all_row_major || (!only_row_major_ && all_same && dense(sizes, strides));
 }
 
 bool row_major(const Tensor& tensor) {

@@ -29,6 +29,10 @@ class TensorLists {
   int add(const char* name, const TensorList& tensors, bool written = false);
   // Like `add`, but an empty list means "not given": returns -1.
   int add_optional(const char* name, const TensorList& tensors);
+  // Adds a list of contiguous tensors of this dtype and of shapes of their own, which the kernels read as they lie. They
+  // number the elements of the other lists in row-major order, which makes it the only one in which those are `flat`.
+  int add_in_row_major_order(
+      const char* name, const TensorList& tensors, torch::headeronly::ScalarType type, const char* type_name);
   void require_same_dtype(int a, int b) const;
 
   int64_t count() const { return int64_t(sizes_.size()); }
@@ -46,14 +50,17 @@ class TensorLists {
     const char* name;
     const TensorList* tensors;
     bool written;
-    std::vector<Dtype> dtypes;
+    std::vector<Dtype> dtypes; // F32 for those that only `scalar_type` describes
+    bool own_shape = false;
   };
+  void check_count(const char* name, const TensorList& tensors) const;
   void check_device(const char* name, const TensorList& tensors, int64_t index) const;
 
   const char* op_;
   int32_t device_type_;
   std::vector<List> lists_;
   std::vector<int64_t> sizes_;
+  bool only_row_major_ = false;
 };
 
 // Row-major without gaps.

@@ -1,9 +1,8 @@
 // adapt_norm: v <- D d and ||v||^2 in one pass. The formulas and their derivation: sama_kernels/ops/adapt_norm.py.
-#include <cmath>
-
 #include <torch/csrc/stable/library.h>
 
 #include "../common/formulas.h"
+#include "bias_corrections.h"
 #include "chunks.h"
 #include "reduce.h"
 #include "tiles.h"
@@ -105,22 +104,14 @@ Tensor adapt_norm_adam(
   const bool amsgrad = lists.w_max >= 0;
 
   const double rate = lr_tensor ? read_scalar(op, "lr_tensor", *lr_tensor) : lr;
-  std::vector<double> c1(v.size()), c2(v.size());
-  double last_t = 0.0;
-  for (size_t i = 0; i < v.size(); ++i) {
-    const double t = read_scalar(op, "steps[" + std::to_string(i) + "]", steps[i]);
-    const bool repeated = i > 0 && t == last_t; // nearly always: two pow per tensor saved
-    c1[i] = repeated ? c1[i - 1] : 1 - std::pow(beta1, t);
-    c2[i] = repeated ? c2[i - 1] : 1 - std::pow(beta2, t);
-    last_t = t;
-  }
+  const std::vector<BiasCorrection> corrections = bias_corrections(op, steps, beta1, beta2);
 
   const Chunks chunks(operands);
   std::vector<Lanes> slots(chunks.count());
   const auto segment = [&](int64_t chunk, const Segment& at, auto zero) {
     using T = decltype(zero);
     const AdamScalars<T> k = adam_scalars<T>(
-        rate, c1[at.tensor], c2[at.tensor], beta1, beta2, eps, weight_decay, maximize,
+        rate, corrections[at.tensor].c1, corrections[at.tensor].c2, beta1, beta2, eps, weight_decay, maximize,
         operands.view(lists.m, at.tensor).dtype);
     adam_segment<T>(operands, lists, at, adam_loop_for<T>(mode == kExact, amsgrad, decay), k, slots[chunk]);
   };

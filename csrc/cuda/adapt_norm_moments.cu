@@ -60,9 +60,10 @@ struct MomentsKernel {
 };
 
 // Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which for a kernel with weight decay
-// is three, by pressing it into 80 registers and spilling two of them.
+// or of Form::Delta is three, by pressing it into 80 registers and spilling one or two of them.
 template <class T, class Variant>
-constexpr int kBlocks = sizeof(T) == 4 && Variant::decay != Decay::None ? 2 : 0;
+constexpr int kBlocks =
+    sizeof(T) == 4 && (Variant::decay != Decay::None || Variant::form == Form::Delta) ? 2 : 0;
 
 template <class T, class Variant>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, Variant>) moments_kernel(

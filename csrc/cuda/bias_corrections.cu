@@ -9,7 +9,7 @@ namespace sama {
 namespace {
 
 SAMA_BOTH inline BiasCorrection correction(double t, double beta1, double beta2) {
-  return {1 - std::pow(beta1, t), 1 - std::pow(beta2, t)};
+  return {1 - std::pow(beta1, t), 1 - std::pow(beta2, t), t == 1};
 }
 
 struct Steps {
@@ -33,7 +33,8 @@ StepCorrections::StepCorrections(
   if (sort_into_tags(steps, beta1, beta2)) return;
   std::fill(tags_.begin(), tags_.end(), uint8_t(0));
   const int64_t count = int64_t(steps.size());
-  buffer_ = torch::stable::new_empty(like, {2 * count}, torch::headeronly::ScalarType::Double);
+  constexpr int64_t kDoubles = sizeof(BiasCorrection) / sizeof(double);
+  buffer_ = torch::stable::new_empty(like, {kDoubles * count}, torch::headeronly::ScalarType::Double);
   auto* const results = static_cast<BiasCorrection*>(buffer_->data_ptr());
   argument_.by_tensor = results;
   Steps some;

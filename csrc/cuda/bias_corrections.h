@@ -13,6 +13,7 @@ namespace sama {
 struct BiasCorrection {
   double c1; // 1 - beta1^t
   double c2; // 1 - beta2^t
+  bool first; // t = 1
 };
 
 // A kernel argument. Nearly always all tensors have made the same number of steps, so the few different values travel

@@ -16,7 +16,6 @@
 
 #include "../common/tensor_lists.h"
 
-#define SAMA_UNROLL _Pragma("unroll")
 #define SAMA_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sama, CUDA, m)
 
 namespace sama {

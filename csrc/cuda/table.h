@@ -26,7 +26,7 @@ constexpr int kTags = 16;
 // launch takes care of, have no chunks.
 template <int lists>
 struct Table {
-  static_assert(lists >= 1 && lists <= 6, "two bits of `codes` each, beside the tag");
+  static_assert(lists >= 1 && lists <= 8, "those after the sixth must have Dtype 0, as `codes` has no bits for them");
   static constexpr int kCapacity = int((kTableBytes - 16) / (8 * lists + 8));
 
   char* data[lists][kCapacity];

@@ -15,7 +15,7 @@ from sama_kernels.adaptation.adafactor import adafactor
 from sama_kernels.adaptation.adam import adam
 from sama_kernels.adaptation.asgd import asgd
 from sama_kernels.adaptation.constant import sign
-from sama_kernels.adaptation.general import carried, general
+from sama_kernels.adaptation.general import carried
 from sama_kernels.adaptation.maximum import adamax
 from sama_kernels.adaptation.muon import muon
 from sama_kernels.adaptation.plan import Family, GroupStep, OpCall, apply, gradient_of_step
@@ -40,7 +40,7 @@ _families: dict[type[Optimizer], Family] = {
     torch.optim.SGD: sgd,
     torch.optim.Adam: adam,
     torch.optim.AdamW: adam,
-    torch.optim.Adadelta: general(adadelta),
+    torch.optim.Adadelta: adadelta,
     torch.optim.Adafactor: adafactor,
     torch.optim.Muon: muon,
     torch.optim.Rprop: sign,

@@ -1,41 +1,26 @@
-"""Adadelta: u = lr delta with delta = g sqrt((a' + eps) / (s + eps)), a' the mean of squared deltas before the step."""
+"""Adadelta, whose steps take their size from those before (`ops.adapt_norm_moments`)."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from sama_kernels.adaptation.general import carried
-
-_NEWTON_STEPS = 8
+from sama_kernels import ops
+from sama_kernels.adaptation.moments import call, gathered, rows
+from sama_kernels.adaptation.plan import GroupStep, OpCall
 
 
-def adadelta(grad: Tensor, param: Tensor, state: dict[str, Any], hyper: dict[str, Any]) -> Tensor:
-    """u of `torch.optim.Adadelta`: L2 decay acts on theta before the step, which is found again from theta after it."""
-    rho, eps, decay = hyper["rho"], hyper["eps"], hyper["weight_decay"]
-    lr: float | Tensor = hyper["lr"]
-    square_avg, acc_delta = state["square_avg"], state["acc_delta"]
-    g = -grad if hyper["maximize"] else grad
-    with torch.no_grad():
-        # (a' + eps) as a function of what the step left, a = rho a' + (1 - rho) delta^2; free of cancellation.
-        std_sq, acc = square_avg + eps, acc_delta + rho * eps
-        seen = g if decay == 0 else _with_decay(g + decay * param, decay * lr, rho, std_sq, acc)
-        before = acc * std_sq / (rho * std_sq + (1 - rho) * seen.square())
-    g = g + (seen - g).detach()
-    std = (carried(square_avg, (1 - rho) * g.square()) + eps).sqrt()
-    u: Tensor = lr * before.sqrt() / std * g
-    return u
+def adadelta(step: GroupStep) -> list[OpCall]:
+    """u = lr delta, delta = g sqrt((e + eps) / (w + eps)) with the mean e of delta^2 before the step (Zeiler, 2012).
 
-
-def _with_decay(known: Tensor, k: float | Tensor, rho: float, std_sq: Tensor, acc: Tensor) -> Tensor:
-    """The gradient x that the moments saw: x = g + decay (theta + lr delta(x)) = known + k delta(x), by Newton's
-    method. It converges from x = known, as delta is concave on either side of 0 and k delta' < 1 (else the decay alone
-    would carry theta beyond 0)."""
-    x = known
-    for _ in range(_NEWTON_STEPS):
-        square = rho * std_sq + (1 - rho) * x.square()
-        slope = (acc / square).sqrt()  # delta = slope x
-        x = x - (x - k * slope * x - known) / (1 - k * slope * rho * std_sq / square)
-    return x
+    eps sets the size of the steps, so that "paper" keeps it in D.
+    """
+    h = step.hyper
+    used, states = step.with_state("acc_delta")
+    if not used:
+        return []
+    lr, _, place = gathered(step, states)
+    rho = float(h["rho"])
+    coefficients = rows(
+        step, len(used), place, rate=lr, a=1.0, slope=1.0, kappa=rho, omega=1 - rho, eps=float(h["eps"]),
+        tail=1.0 if step.mode == ops.EXACT else 0.0,
+    )  # fmt: skip
+    decay = float(h["weight_decay"])
+    return [call(step, used, coefficients, "square_avg", "acc_delta", form=ops.DELTA, decay=decay)]

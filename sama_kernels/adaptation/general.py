@@ -15,6 +15,7 @@ from sama_kernels import ops
 from sama_kernels.adaptation import step_record
 from sama_kernels.adaptation.plan import Family, GroupStep, OpCall
 from sama_kernels.backends.reference import compute_dtype
+from sama_kernels.distributed.sharded import is_sharded
 
 Update = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
 """update(grad, param, state, hyper) -> u; see `sama_kernels.register_adaptation`."""
@@ -40,6 +41,12 @@ def general(update: Update) -> Family:
 
     def family(step: GroupStep) -> list[OpCall]:
         used = moved(step)
+        if any(is_sharded(step.params[i]) for i in used):
+            raise TypeError(
+                f"optimizer: the adaptation of {step_record.name(type(step.optimizer))} may mix the elements of a"
+                f" parameter, of which this rank has a part only ({step.name} holds DTensors); use an element-wise"
+                ' optimizer such as AdamW, or pass adaptation="none"'
+            )
         lists: tuple[list[Any], ...] = (
             [step.gradient(i) for i in used],
             [step.params[i] for i in used],

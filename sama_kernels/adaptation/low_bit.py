@@ -1,24 +1,38 @@
-"""Adam and AdamW with low-bit moments (torchao, bitsandbytes): dequantised one parameter at a time, then as Adam.
+"""Adam and AdamW with low-bit moments (torchao, bitsandbytes), which the op dequantises where it uses them.
 
-The step computes u from moments in float32 and stores them quantised. D is that of Adam at the stored moments, with
-what is known exactly about them put right (`_moments`).
+The step computes u from moments in float32 and stores them quantised in blocks. D is that of Adam at the stored
+moments, with what is known exactly about them put right (`ops.adapt_norm_low_bit_adam`). Parameters that are too small
+for that keep moments as torch's Adam does, which `ops.adapt_norm_adam` takes as they are.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sama_kernels import ops
-from sama_kernels.adaptation.general import moved, scalar
+from sama_kernels.adaptation.general import moved
 from sama_kernels.adaptation.plan import Family, GroupStep, OpCall
 
-Reader = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
-"""A parameter's state -> m and w as float tensors of its shape."""
+
+@dataclass(frozen=True)
+class Stored:
+    """A moment of one parameter: value i is table[code i] * scales[i // block_size] (`ops.adapt_norm_low_bit_adam`)."""
+
+    codes: Tensor
+    scales: Tensor
+    table: Tensor
+    block_size: int
+
+
+Moment = Tensor | Stored
+Reader = Callable[[dict[str, Any]], tuple[Moment, Moment]]
+"""A parameter's state -> m and w; both are quantised, or neither is."""
 
 
 def torchao(step: GroupStep) -> list[OpCall]:
@@ -60,71 +74,70 @@ def _refuse(what: str, why: str, cure: str) -> None:
 
 
 def _calls(step: GroupStep, read: Reader) -> list[OpCall]:
-    used = [i for i in moved(step) if step.optimizer.state.get(step.params[i])]
+    """One call for the parameters with quantised moments (per block size; there is one), one for the others."""
+    state = step.optimizer.state
+    calls: dict[int, list[int]] = {}
+    moments = {i: read(state[step.params[i]]) for i in moved(step) if state.get(step.params[i])}
+    for i, (m, _) in moments.items():
+        calls.setdefault(m.block_size if isinstance(m, Stored) else 0, []).append(i)
+    counters = _counters([state[step.params[i]]["step"] for i in moments])
+    counter_of = dict(zip(moments, counters, strict=True))
+    return [
+        _call(step, block_size, used, [moments[i] for i in used], [counter_of[i] for i in used])
+        for block_size, used in calls.items()
+    ]
+
+
+def _call(
+    step: GroupStep, block_size: int, used: list[int], moments: list[tuple[Any, Any]], counters: list[Tensor]
+) -> OpCall:
     h = step.hyper
     beta1, beta2, *_ = h["betas"]
-    lists: tuple[list[Any], ...] = (
-        [step.gradient(i) for i in used],
-        [step.optimizer.state[step.params[i]] for i in used],
-    )
-    options = {"read": read, "lr": h["lr"], "beta1": beta1, "beta2": beta2, "eps": h["eps"], "mode": step.mode}
-    return [OpCall(adapt_norm_low_bit_adam, [step.rows[i] for i in used], lists, options)] if used else []
+    options = {"lr": h["lr"], "beta1": float(beta1), "beta2": float(beta2), "eps": float(h["eps"]), "mode": step.mode}
+    grads = [step.gradient(i) for i in used]
+    rows = [step.rows[i] for i in used]
+    if block_size:
+        stored = [[getattr(x[k], part) for x in moments] for k in (0, 1) for part in ("codes", "scales", "table")]
+        lists = (grads, *stored, counters)
+        return OpCall(ops.adapt_norm_low_bit_adam, rows, lists, {**options, "block_size": block_size})
+    exact: tuple[list[Tensor], ...] = (grads, [m for m, _ in moments], [w for _, w in moments], [], [], counters)
+    return OpCall(ops.adapt_norm_adam, rows, exact, {**options, "weight_decay": 0.0, "maximize": False})
 
 
-def adapt_norm_low_bit_adam(
-    v: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[dict[str, Any]],
-    *,
-    read: Reader,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    mode: int,
-    backend: str,
-) -> Tensor:
-    """`ops.adapt_norm_adam` parameter by parameter; memory beyond v: the moments of one parameter."""
-    norm_sqs = []
-    for d, grad, state in zip(v, grads, states, strict=True):
-        t = state["step"] if isinstance(state["step"], Tensor) else torch.tensor(float(state["step"]))
-        m, w = _moments(read(state), grad.detach(), scalar(t, grad) == 1, beta1, beta2)
-        norm_sq = ops.adapt_norm_adam(
-            [d], [grad], [m], [w], [], [], [t],
-            lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, maximize=False, mode=mode, backend=backend,
-        )  # fmt: skip
-        norm_sqs.append(norm_sq)
-        del m, w  # before the next ones
-    return torch.stack(norm_sqs).sum()
+def _counters(steps: list[Any]) -> list[Tensor]:
+    """torchao's are tensors; bitsandbytes' are ints, nearly always the same one."""
+    known = {t: torch.tensor(float(t)) for t in {t for t in steps if not isinstance(t, Tensor)}}
+    return [t if isinstance(t, Tensor) else known[t] for t in steps]
 
 
-def _moments(
-    stored: tuple[Tensor, Tensor], grad: Tensor, first: Tensor, beta1: float, beta2: float
-) -> tuple[Tensor, Tensor]:
-    """m and w of the step: at the first one they are known exactly; later w was no smaller than the term that this
-    step added, and a stored w below it (often 0, where one cell of a block is far larger) is quantisation error."""
-    g = grad.to(torch.float64 if grad.dtype == torch.float64 else torch.float32)
-    added = (1 - beta2) * g.square()
-    m, w = (x.to(g.dtype) for x in stored)
-    return torch.where(first, (1 - beta1) * g, m), torch.where(first, added, torch.maximum(w, added))
-
-
-def _torchao_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    m, w = (x if type(x) is Tensor else x.dequantize() for x in (state["exp_avg"], state["exp_avg_sq"]))
+def _torchao_moments(state: dict[str, Any]) -> tuple[Moment, Moment]:
+    m, w = (_torchao_moment(state[key]) for key in ("exp_avg", "exp_avg_sq"))
     return m, w
 
 
-def _bitsandbytes_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return _blockwise(state, 1), _blockwise(state, 2)
+def _torchao_moment(x: Any) -> Moment:
+    if type(x) is Tensor:
+        return x
+    if x.codes.is_floating_point():
+        return Stored(x.codes.view(torch.uint8), x.scale, _all_values(x.codes.dtype, x.codes.device), x.block_size)
+    return Stored(x.codes, x.scale, x.qmap, x.block_size)
 
 
-def _blockwise(state: dict[str, Any], which: int) -> Tensor:
+@lru_cache
+def _all_values(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers of an 8-bit float dtype in the order of their bits, as a lookup table."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).float()
+
+
+def _bitsandbytes_moments(state: dict[str, Any]) -> tuple[Moment, Moment]:
+    return _bitsandbytes_moment(state, 1), _bitsandbytes_moment(state, 2)
+
+
+def _bitsandbytes_moment(state: dict[str, Any], which: int) -> Moment:
     codes: Tensor = state[f"state{which}"]
     if codes.dtype != torch.uint8:
         return codes
-    dequantize = sys.modules["bitsandbytes.functional"].dequantize_blockwise
-    values: Tensor = dequantize(codes, absmax=state[f"absmax{which}"], code=state[f"qmap{which}"], blocksize=256)
-    return values
+    return Stored(codes.contiguous(), state[f"absmax{which}"], state[f"qmap{which}"], block_size=256)
 
 
 FAMILIES: dict[str, Family] = {

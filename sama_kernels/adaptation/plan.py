@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels.adaptation import step_record
+from sama_kernels.distributed.sharded import local
 
 
 @dataclass
@@ -87,7 +88,7 @@ Family = Callable[[GroupStep], list[OpCall]]
 
 def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[Tensor]:
     """Run the plan: v <- D d in place. Entries without a direct gradient stay None, and entries that no call covers
-    become None: the optimizer has not moved those parameters, so D = 0 for them.
+    become None: the optimizer has not moved those parameters, so D = 0 for them. Of DTensors `v` has this rank's part.
 
     Returns: ||v||^2 of each call, 0-dim.
     """
@@ -100,7 +101,7 @@ def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[
             continue
         for k in used:
             adapted[call.rows[k]] = v[call.rows[k]]
-        lists = [[entries[k] for k in used] if entries else [] for entries in call.lists]
+        lists = [[local(entries[k]) for k in used] if entries else [] for entries in call.lists]
         numbers = [] if call.coefficients is None else [_rows(call.coefficients, used)]
         norm_sqs.append(call.op([v[call.rows[k]] for k in used], *lists, *numbers, **call.options, backend=backend))
     v[:] = adapted

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, overload
 
-import torch
 from torch.optim import Optimizer
 
 from sama_kernels.adaptation import low_bit, step_record
@@ -30,12 +29,16 @@ BY_NAME: dict[str, Family] = {
 }
 """Types of packages that may not be installed, by module and name; they are never imported from here."""
 
-_REFUSED: dict[type[Optimizer], str] = {
-    torch.optim.SparseAdam: "its gradient is sparse, but v and theta+- are dense (a whole table, most of it never"
-    " touched); build the embedding with sparse=False and train it with torch.optim.Adam",
-    torch.optim.LBFGS: "one of its steps makes several evaluations of the loss, so that its update is not a function"
-    ' of one gradient; take another optimizer, or pass adaptation="none" (SAMA-NA, D = I)',
+_REFUSED: dict[str, str] = {
+    "torch.optim.sparse_adam.SparseAdam": "its gradient is sparse, but v and theta+- are dense (a whole table, most of"
+    " it never touched); build the embedding with sparse=False and train it with torch.optim.Adam",
+    "torch.optim.lbfgs.LBFGS": "one of its steps makes several evaluations of the loss, so that its update is not a"
+    ' function of one gradient; take another optimizer, or pass adaptation="none" (SAMA-NA, D = I)',
+    "torch.distributed.optim.zero_redundancy_optimizer.ZeroRedundancyOptimizer": "each rank has the optimizer state of"
+    " some of the parameters only; shard the model with torch.distributed.fsdp.fully_shard instead, and give it an"
+    ' ordinary optimizer, or pass adaptation="none" (SAMA-NA, D = I)',
 }
+"""By module and name of the type."""
 
 for _name in BY_NAME:
     step_record.watch(_name)
@@ -58,8 +61,8 @@ def family_of(optimizer_type: type[Optimizer]) -> Family:
     if found is not None:
         return found
     name = step_record.name(optimizer_type)
-    if optimizer_type in _REFUSED:
-        raise TypeError(f"optimizer: there is no adaptation for {name}: {_REFUSED[optimizer_type]}")
+    if name in _REFUSED:
+        raise TypeError(f"optimizer: there is no adaptation for {name}: {_REFUSED[name]}")
     raise TypeError(
         f"optimizer: no adaptation for {name}; the exact type counts, and sama_kernels.info()['optimizers'] lists those"
         " that have one. Add it with sama_kernels.register_adaptation (worked example: docs/optimizers.md), or pass"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 PAPER, EXACT = 0, 1
 """Modes of `adapt_norm_adam`: the epsilon-free numerator of the paper, or the derivative to the letter."""
-LINEAR, RATIO, CENTERED, MAXIMUM = 0, 1, 2, 3
+LINEAR, RATIO, CENTERED, MAXIMUM, DELTA = 0, 1, 2, 3, 4
 """Forms of `adapt_norm_moments`."""
 COEFFICIENTS = 8
 """Numbers that `adapt_norm_moments` takes for each tensor."""
@@ -50,19 +50,19 @@ def check_adapt_norm_adam(
         raise RuntimeError(f"sama::{op}: mode must be 0 (paper) or 1 (exact), not {mode}")
     if len(steps) != len(v):
         raise RuntimeError(f"sama::{op}: steps has {len(steps)} tensors, but v has {len(v)}")
-    _check_lists(op, lists, written=("v",))
-    _check_scalars(op, {f"steps[{i}]": t for i, t in enumerate(steps)})
+    check_lists(op, lists, written=("v",))
+    check_scalars(op, {f"steps[{i}]": t for i, t in enumerate(steps)})
     if lr_tensor is not None:
-        _check_scalars(op, {"lr_tensor": lr_tensor})
+        check_scalars(op, {"lr_tensor": lr_tensor})
 
 
 def check_adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None) -> None:
     op = "adapt_norm_scale"
     if not v:
         raise RuntimeError(f"sama::{op}: v is empty")
-    _check_lists(op, {"v": v}, written=("v",))
+    check_lists(op, {"v": v}, written=("v",))
     if scale_tensor is not None:
-        _check_scalars(op, {"scale_tensor": scale_tensor})
+        check_scalars(op, {"scale_tensor": scale_tensor})
 
 
 def check_adapt_norm_moments(
@@ -80,8 +80,8 @@ def check_adapt_norm_moments(
     op = "adapt_norm_moments"
     if not v:
         raise RuntimeError(f"sama::{op}: v is empty")
-    if form not in (LINEAR, RATIO, CENTERED, MAXIMUM):
-        names = "0 (linear), 1 (ratio), 2 (centered) or 3 (maximum)"
+    if form not in (LINEAR, RATIO, CENTERED, MAXIMUM, DELTA):
+        names = "0 (linear), 1 (ratio), 2 (centered), 3 (maximum) or 4 (delta)"
         raise RuntimeError(f"sama::{op}: form must be {names}, not {form}")
     lists = {"v": v}
     if form != LINEAR:
@@ -94,10 +94,10 @@ def check_adapt_norm_moments(
             raise RuntimeError(f"sama::{op}: params is empty, but weight_decay needs theta")
         lists["params"] = params
         if buffers:
-            if form == MAXIMUM or (form == RATIO and firsts):
+            if "firsts" in lists and form != CENTERED:
                 raise RuntimeError(f"sama::{op}: buffers do not go with firsts, except in form 2 (centered)")
             lists["buffers"] = buffers
-    _check_lists(op, lists, written=("v",))
+    check_lists(op, lists, written=("v",))
     if coefficients.dtype != torch.float64:
         raise RuntimeError(f"sama::{op}: coefficients must be float64")
     if coefficients.shape != (len(v), COEFFICIENTS) or not coefficients.is_contiguous():
@@ -113,7 +113,7 @@ def check_adapt_norm_moments(
 def check_step_size(norm_sqs: Sequence[Tensor]) -> None:
     if not norm_sqs:
         raise RuntimeError("sama::step_size: norm_sqs is empty")
-    _check_scalars("step_size", {f"norm_sqs[{i}]": x for i, x in enumerate(norm_sqs)}, float64_from="adapt_norm")
+    check_scalars("step_size", {f"norm_sqs[{i}]": x for i, x in enumerate(norm_sqs)}, float64_from="adapt_norm")
 
 
 def check_perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int, rounding: int) -> None:
@@ -121,13 +121,13 @@ def check_perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor
         raise RuntimeError(f"sama::perturb: side must be 0 (plus) or 1 (minus), not {side}")
     if rounding not in (NEAREST, STOCHASTIC):
         raise RuntimeError(f"sama::perturb: rounding must be 0 (nearest) or 1 (stochastic), not {rounding}")
-    _check_lists("perturb", {"params": params, "v": v}, written=("params", "v"), same_dtype=True)
+    check_lists("perturb", {"params": params, "v": v}, written=("params", "v"), same_dtype=True)
     if side == PLUS:
-        _check_scalars("perturb", {"epsilon": epsilon}, float64_from="step_size")
+        check_scalars("perturb", {"epsilon": epsilon}, float64_from="step_size")
 
 
 def check_restore(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    _check_lists("restore", {"params": params, "v": v}, written=("params",), same_dtype=True)
+    check_lists("restore", {"params": params, "v": v}, written=("params",), same_dtype=True)
 
 
 def check_central_difference(
@@ -141,8 +141,8 @@ def check_central_difference(
     lists = {"grads_plus": grads_plus, "grads_minus": grads_minus}
     if explicit:
         lists["explicit"] = explicit
-    _check_lists(op, lists, written=("grads_plus",))
-    _check_scalars(op, {"epsilon": epsilon, "norm": norm}, float64_from="step_size")
+    check_lists(op, lists, written=("grads_plus",))
+    check_scalars(op, {"epsilon": epsilon, "norm": norm}, float64_from="step_size")
 
 
 def share_dense_layout(tensors: Sequence[Tensor]) -> bool:
@@ -154,7 +154,7 @@ def share_dense_layout(tensors: Sequence[Tensor]) -> bool:
     return all(_strides(x) == first for x in tensors[1:]) and _is_dense(tensors[0])
 
 
-def _check_lists(
+def check_lists(
     op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool = False
 ) -> None:
     """Lengths, shapes, dtypes and layouts."""
@@ -180,7 +180,7 @@ def _check_lists(
 
 
 def _all_in_order(lists: Mapping[str, Sequence[Tensor]], written: Sequence[str], same_dtype: bool) -> bool:
-    """The usual case, list by list, which is quicker; False if `_check_lists` has to look closer."""
+    """The usual case, list by list, which is quicker; False if `check_lists` has to look closer."""
     first = next(iter(lists.values()))
     shapes, dtypes = [x.shape for x in first], [x.dtype for x in first]
     for name, tensors in lists.items():
@@ -192,7 +192,7 @@ def _all_in_order(lists: Mapping[str, Sequence[Tensor]], written: Sequence[str],
     return True
 
 
-def _check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | None = None) -> None:
+def check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | None = None) -> None:
     for name, x in tensors.items():
         if float64_from is not None and x.dtype != torch.float64:
             raise RuntimeError(f"sama::{op}: {name} must be float64, as {float64_from} returns it")

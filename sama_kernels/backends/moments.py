@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sama_kernels.backends.arguments import CENTERED, LINEAR, MAXIMUM
+from sama_kernels.backends.arguments import CENTERED, DELTA, LINEAR, MAXIMUM
+
+_HALLEY_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def adapted(x: dict[str, Tensor], k: Scalars, form: int) -> Tensor:
     """D d, where `x` has the operands by the names of the op's lists, in the compute dtype."""
     if form == LINEAR:
         return (k.rate * k.slope) * x["v"] * k.sign
-    derivative = _maximum(x, k) if form == MAXIMUM else _ratio(x, k, form == CENTERED)
+    if form == DELTA:
+        derivative = _delta(x, k)
+    else:
+        derivative = _maximum(x, k) if form == MAXIMUM else _ratio(x, k, form == CENTERED)
     return (k.rate * derivative) * x["v"] * k.sign
 
 
@@ -93,6 +98,44 @@ def _maximum(x: dict[str, Tensor], k: Scalars) -> Tensor:
     return (torch.where(elsewhere, k.slope * n, r + k.slope_tail) * inv_n) * inv_n
 
 
+def _delta(x: dict[str, Tensor], k: Scalars) -> Tensor:
+    m, w = x["firsts"], x["seconds"]
+    spread = w + k.eps
+    inv = torch.where(spread == 0, 0.0, 1 / spread)
+    known = k.sign * x["grads"]  # and weight_decay theta after the step: 0 where u is
+    if "params" in x:
+        known = known + k.weight_decay * x["params"]
+    kept = torch.where((x["grads"] == 0) & (known == 0), k.slope_tail, 1.0)
+    size = ((m + k.kappa * k.eps) * inv) * kept
+    if "params" in x:
+        y = _halley(k, known * (k.omega * inv).sqrt(), k.decay_g * size.sqrt(), (w * inv).sqrt())
+        share = y * y
+        square = share * spread  # omega g^2
+    else:
+        square = k.omega * (known * known)
+        share = square * inv
+    rest = k.kappa + share
+    rms = torch.where(rest == 0, 0.0, size / rest).sqrt()  # delta / g
+    r = w - square
+    r = torch.where(r.abs() <= k.noise * w, 0.0, r)
+    return rms * ((r + k.eps) * inv)
+
+
+def _halley(k: Scalars, known: Tensor, pull: Tensor, bound: Tensor) -> Tensor:
+    """y = known + pull y / sqrt(kappa + y^2), |y| <= bound, by Halley's method."""
+    lift = pull * k.kappa
+    y = _held(known, bound)
+    for _ in range(_HALLEY_STEPS):
+        square = k.kappa + y * y
+        s = square.sqrt()
+        value = s * (y - known) - pull * y
+        slope = s * square - lift
+        rest = slope * slope - 1.5 * (lift * (y * value))
+        move = torch.where(rest == 0, 0.0, ((value * slope) * square) / rest)
+        y = _held(y - move, bound)
+    return y
+
+
 def _effective_gradient(x: dict[str, Tensor], k: Scalars, q: Tensor, bound: Tensor, mean: bool) -> Tensor:
     """What the moments saw: under weight decay it contains theta before the step, which is theta + u(g)."""
     g = k.sign * x["grads"]
@@ -104,6 +147,9 @@ def _effective_gradient(x: dict[str, Tensor], k: Scalars, q: Tensor, bound: Tens
     if mean and "firsts" in x:
         known = known + k.decay_m * x["firsts"]
     rest = q - k.decay_g
-    g = torch.where(rest == 0, 0.0, known / rest)
-    g = torch.where(g > bound, bound, g)
-    return torch.where(g < -bound, -bound, g)
+    return _held(torch.where(rest == 0, 0.0, known / rest), bound)
+
+
+def _held(x: Tensor, bound: Tensor) -> Tensor:
+    x = torch.where(x > bound, bound, x)  # NaN stays
+    return torch.where(x < -bound, -bound, x)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sama_kernels.backends import moments
+from sama_kernels.backends import low_bit, moments
 from sama_kernels.backends.arguments import (
     CENTERED,
+    DELTA,
     EXACT,
     LINEAR,
     MAXIMUM,
@@ -36,6 +37,7 @@ from sama_kernels.backends.rounding import random_like, round_stochastically
 
 __all__ = [
     "CENTERED",
+    "DELTA",
     "EXACT",
     "LINEAR",
     "MAXIMUM",
@@ -46,6 +48,7 @@ __all__ = [
     "RATIO",
     "STOCHASTIC",
     "adapt_norm_adam",
+    "adapt_norm_low_bit_adam",
     "adapt_norm_moments",
     "adapt_norm_scale",
     "bits",
@@ -126,6 +129,36 @@ def adapt_norm_adam(
             adapted = -adapted
         total += torch.linalg.vector_norm(adapted, dtype=torch.float64).square()
         d.copy_(adapted)
+    return total
+
+
+def adapt_norm_low_bit_adam(
+    v: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_codes: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_tables: Sequence[Tensor],
+    exp_avg_sq_codes: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    exp_avg_sq_tables: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    block_size: int,
+    lr_tensor: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    mode: int,
+) -> Tensor:
+    """See `sama_kernels.ops.adapt_norm_low_bit_adam`."""
+    exp_avgs = (exp_avg_codes, exp_avg_scales, exp_avg_tables)
+    exp_avg_sqs = (exp_avg_sq_codes, exp_avg_sq_scales, exp_avg_sq_tables)
+    low_bit.check_adapt_norm_low_bit_adam(v, grads, exp_avgs, exp_avg_sqs, steps, block_size, lr_tensor, mode)
+    total = _zero(v)
+    for i, (d, t) in enumerate(zip(v, steps, strict=True)):
+        g = grads[i].detach().to(compute_dtype(d.dtype))
+        m, w = low_bit.known_moments(exp_avgs, exp_avg_sqs, i, g, t, block_size, beta1, beta2)
+        total += adapt_norm_adam([d], [g], [m], [w], [], [], [t], lr_tensor, lr, beta1, beta2, eps, 0.0, False, mode)
     return total
 
 

@@ -101,7 +101,7 @@ class Status:
         everything = torch.cat([flags.flatten(), *(x.reshape(1).double() for x in losses)])
         self._sum(everything)
         flags, sums = everything[:-3].view(3, self._world), everything[-3:]
-        if self._device.type == "cpu":
+        if may_wait(self._device):
             raise_if_failed(flags[self.FAILED])
         else:
             ask_later(flags[self.FAILED])
@@ -114,6 +114,11 @@ class Status:
     def _sum(self, values: Tensor) -> None:
         self.reported = True
         dist.all_reduce(values, group=self._group)
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether reading a number from `device` costs the host no waiting."""
+    return device.type == "cpu"
 
 
 _asked: list[tuple[Tensor, torch.cuda.Event]] = []

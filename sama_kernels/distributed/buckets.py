@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,21 +17,30 @@ class Bucket:
     It has the methods of `torch.distributed.GradBucket` that communication hooks use.
 
     Attributes:
-        rows: their positions in the list that was divided.
+        rows: which of the tensors that were divided.
         flat: the memory, 1-dim.
         views: one per row, in the tensor's shape, row-major.
         missing: rows whose gradient has not come yet.
     """
 
-    def __init__(self, rows: list[int], like: Sequence[Tensor], index: int, count: int) -> None:
-        sizes = [like[row].numel() for row in rows]
-        first = like[rows[0]]
+    def __init__(
+        self, rows: list[int], like: Mapping[int, Tensor], device: torch.device, index: int, count: int
+    ) -> None:
         self.rows = rows
-        self.flat = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        parts = torch.split(self.flat, sizes)
-        self.views = [part.view(like[row].shape) for row, part in zip(rows, parts, strict=True)]
         self.missing = set(rows)
+        self._shapes, self._dtype, self._device = [like[row].shape for row in rows], like[rows[0]].dtype, device
         self._index, self._last = index, index == count - 1
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """Not initialised, and made when it is first used: before, the forward pass needs the memory."""
+        return torch.empty(sum(shape.numel() for shape in self._shapes), dtype=self._dtype, device=self._device)
+
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """Parts of `flat`."""
+        parts = torch.split(self.flat, [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for shape, part in zip(self._shapes, parts, strict=True)]
 
     def zero_missing(self) -> None:
         """Gradients that did not come count as zeros."""
@@ -59,8 +69,8 @@ class Bucket:
         return self._last
 
 
-def divide(like: Sequence[Tensor], mib: float) -> list[Bucket]:
-    """Buckets for gradients of `like`, not initialised, each of one dtype and up to `mib` MiB (or one tensor).
+def divide(like: Mapping[int, Tensor], device: torch.device, mib: float) -> list[Bucket]:
+    """Buckets on `device` for gradients of `like` (by row), each of one dtype and up to `mib` MiB or one tensor.
 
     In reverse order: the backward pass reaches the last parameters first. The order depends on shapes and dtypes alone,
     so that all ranks agree on it.
@@ -68,7 +78,7 @@ def divide(like: Sequence[Tensor], mib: float) -> list[Bucket]:
     runs: list[list[int]] = []
     open_run: dict[torch.dtype, list[int]] = {}
     room: dict[torch.dtype, float] = {}
-    for row in reversed(range(len(like))):
+    for row in sorted(like, reverse=True):
         dtype, size = like[row].dtype, like[row].numel() * like[row].element_size()
         if dtype not in open_run or room[dtype] < size:
             open_run[dtype] = []
@@ -76,4 +86,4 @@ def divide(like: Sequence[Tensor], mib: float) -> list[Bucket]:
             runs.append(open_run[dtype])
         open_run[dtype].append(row)
         room[dtype] -= size
-    return [Bucket(rows, like, index, len(runs)) for index, rows in enumerate(runs)]
+    return [Bucket(rows, like, device, index, len(runs)) for index, rows in enumerate(runs)]

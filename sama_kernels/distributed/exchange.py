@@ -12,7 +12,7 @@ others then raise as well, instead of waiting for it for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -21,155 +21,107 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failures
+from sama_kernels.distributed.alone import Alone, Form, Share
 from sama_kernels.distributed.buckets import Bucket
 from sama_kernels.distributed.reduction import OverlappedReduction
-from sama_kernels.ownership import own
+from sama_kernels.distributed.sharded import is_sharded, mesh_size
 from sama_kernels.types import Problem, Synchronisation
-
-Adapt = Callable[[list[Tensor | None]], list[Tensor]]
-"""v <- D d in place, for the entries that are there; returns the parts of ||v||^2."""
-Form = Callable[[Sequence[int], list[Tensor | None], Sequence[Tensor | None]], list[Tensor]]
-"""(rows, first, last): this rank's meta gradient of these rows, in the memory of `first` where that is there."""
-
-
-class Alone:
-    """One process, which has nothing to exchange.
-
-    Attributes:
-        adapt: set before the passes: what turns d into v.
-        base_share, meta_share: what this rank's losses over the base and the meta batch count for in the sums.
-        taken: the gradients of the last pass, summed over microbatches; None if they are left to the caller.
-    """
-
-    adapt: Adapt
-    base_share: float | Tensor = 1.0
-    meta_share: float | Tensor = 1.0
-    taken: list[Tensor | None] | None = None
-
-    def __init__(self) -> None:
-        self._first: Sequence[Tensor | None] = ()
-        self._form: Form | None = None
-
-    def meta_backward(self, params: Sequence[Tensor]) -> AbstractContextManager[object]:
-        """Around the backward pass of the meta loss."""
-        return nullcontext()
-
-    def adapted(self, d: list[Tensor | None], params: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
-        """v = D d, in memory that is nobody else's, and the parts of ||v||^2; `d` as autograd returned it."""
-        v = own(d, params)
-        return v, self.adapt(v)
-
-    def begin_last_pass(self, first: Sequence[Tensor | None], form: Form) -> None:
-        """Before the last pass: the gradients of the pass before it, and what makes a meta gradient of both."""
-        self._first, self._form = first, form
-
-    def last_backward(
-        self, params: Sequence[Tensor], before: Sequence[Tensor | None]
-    ) -> AbstractContextManager[object]:
-        """Around the backward pass of the last microbatch, `before` being the sums over the others."""
-        return nullcontext()
-
-    def meta_gradient(self, last: Sequence[Tensor | None]) -> list[Tensor]:
-        """The meta gradient, made of the gradients of the last pass."""
-        assert self._form is not None
-        return self._form(range(len(last)), list(self._first), last)
-
-    def conclude(self, losses: Sequence[Tensor], degenerate: Tensor, norm: Tensor) -> Verdict | None:
-        """How the step went elsewhere; None if there is nobody else."""
-        return None
-
-    def __enter__(self) -> Alone:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
 
 class Exchange(Alone):
-    """One meta step's exchange over the ranks of `group`. Leaving its block with an error tells the others.
+    """One meta step's exchange over the ranks of a group. Leaving its block with an error tells the others.
 
     With `sync="full"`, or where theta is updated, d is averaged too, so that v, epsilon and theta+- are the same bits
-    everywhere; its buckets are adapted as they arrive.
+    everywhere; its buckets are adapted as they arrive. DTensors are averaged by whoever has sharded them, not here.
     """
 
     def __init__(self, problem: Problem, how: Synchronisation) -> None:
-        super().__init__()
+        super().__init__(problem)
         learn_of_failures()
-        direct = how.sync == "full" or problem.update_base
-        _agree(problem, how)
         base_params, meta_params, group = problem.base_params, problem.meta_params, how.group
-        world = dist.get_world_size(group)
-        self.base_share, self.meta_share = _shares(how.weight, world, group, base_params[0].device)
+        world, device = dist.get_world_size(group), base_params[0].device
+        # FSDP averages gradients of lambda that every rank has divided by its own epsilon, which must be the same.
+        meta_owned = any(id(p) in problem.owned for p in meta_params)
+        direct = how.sync == "full" or problem.update_base or meta_owned
+        _agree(problem, how)
+        _check_placements(problem, direct, world)
+        self._loss_shares = self._share_base, self._share_meta = _shares(how.weight, world, group, device)
+        if problem.owned:
+            self.meta_factor, self._share_meta = self._share_meta * world, 1 / world
+        if meta_owned:
+            self.base_factor, self._share_base = self._share_base * world, 1 / world
         self._times = world if how.comm_hook is not None else 1  # such a hook divides by it
+        self._meta_sharded = [is_sharded(p) for p in meta_params]
+        self._hangs = bool(problem.owned)  # the collectives of FSDP's forward passes are not in our sequence
         self._v: list[Tensor | None] = [None] * len(base_params)
         self._norm_sqs: list[Tensor] = []
         self._at_once = problem.clipping.rank_one
-        self._direct = (
-            OverlappedReduction(
-                base_params,
-                group,
-                how.bucket_mib,
-                prepare=Bucket.zero_missing,
-                arrived=self._adapt_bucket,
-                comm_hook=how.comm_hook,
-            )
-            if direct
-            else None
-        )
-        # 16-bit gradients are differenced and averaged in float32.
-        like = [torch.empty_like(p, dtype=torch.float32) if p.element_size() == 2 else p for p in meta_params]
-        self._meta = OverlappedReduction(
-            like, group, how.bucket_mib, prepare=self._form_bucket, comm_hook=how.comm_hook
-        )
-        self._status = Status(group, base_params[0].device)
+        # 16-bit gradients of lambda are differenced and averaged in float32.
+        meta_like = {
+            row: torch.empty_like(p, dtype=torch.float32, device="meta") if p.element_size() == 2 else p
+            for row, p in enumerate(meta_params)
+            if not is_sharded(p)
+        }
+        base_like = {row: p for row, p in enumerate(base_params) if direct and not is_sharded(p)}
+
+        def reduction(like: dict[int, Tensor], **work: Any) -> OverlappedReduction:
+            return OverlappedReduction(like, device, group, how.bucket_mib, comm_hook=how.comm_hook, **work)
+
+        self._direct = reduction(base_like, prepare=Bucket.zero_missing, arrived=self._adapt_bucket)
+        self._meta = reduction(meta_like, prepare=self._form_bucket)
+        self._status = Status(group, device)
+
+    def shares_of(self, row: int) -> tuple[Share, Share]:
+        """A DTensor's gradients are averages already."""
+        return (1.0, 1.0) if self._meta_sharded[row] else (self._share_base, self._share_meta)
 
     @contextmanager
-    def meta_backward(self, params: Sequence[Tensor]) -> Iterator[None]:
+    def meta_backward(self) -> Iterator[None]:
         """d is averaged over the ranks as it appears; autograd then returns memory of the buckets."""
-        reduction = self._direct
-        if reduction is None:
-            yield
-            return
 
         def send(row: int) -> Callable[[Tensor], Tensor]:
             def hook(grad: Tensor) -> Tensor:
                 if grad.layout != torch.strided:
                     return grad  # `checks.dense` refuses it
-                view = reduction.view(row)
-                torch.mul(grad.detach(), self.meta_share * self._times, out=view)
-                reduction.ready(row)
+                view = self._direct.view(row)
+                torch.mul(grad.detach(), self._share_meta * self._times, out=view)
+                self._direct.ready(row)
                 return view
 
             return hook
 
-        with _hooks(params, send):
+        with _hooks(self._params, self._direct.rows, send):
             yield
 
-    def adapted(self, d: list[Tensor | None], params: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+    def adapted(self, d: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
         """v of the averaged d, in the memory of the buckets, or of this rank's d."""
-        if self._direct is None:
-            return super().adapted(d, params)
+        if not self._direct.rows:
+            return super().adapted(d)
         self._direct.wait()
+        rest = [None if row in self._direct.rows else x for row, x in enumerate(d)]
         if self._at_once:
-            v: list[Tensor | None] = [*self._direct.views()]
-            return v, self.adapt(v)
-        return self._v, self._norm_sqs
+            rest = [self._direct.view(row) if row in self._direct.rows else x for row, x in enumerate(d)]
+        if any(x is not None for x in rest):
+            self._norm_sqs += self.adapt(rest)
+        return [x if done is None else done for x, done in zip(rest, self._v, strict=True)], self._norm_sqs
 
     def begin_last_pass(self, first: Sequence[Tensor | None], form: Form) -> None:
         """The gradients of the pass before the last one go into the buckets."""
-        for row, grad in enumerate(first):
-            view = self._meta.view(row)
+        super().begin_last_pass(first, form)
+        for row in self._meta.rows:
+            view, grad = self._meta.view(row), first[row]
             if grad is None:
                 view.zero_()
             else:
                 view.copy_(grad)
-        self._form = form
+            self._first[row] = None
 
     @contextmanager
     def last_backward(self, params: Sequence[Tensor], before: Sequence[Tensor | None]) -> Iterator[None]:
         """Each gradient is taken as it appears; when a bucket is complete its meta gradient is formed and sent."""
+        if len(self._meta.rows) < len(params):  # gradients of the others come only when `.backward()` is over
+            yield
+            return
 
         def send(row: int) -> Callable[[Tensor], None]:
             def hook(grad: Tensor) -> None:
@@ -182,41 +134,44 @@ class Exchange(Alone):
             return hook
 
         self.taken = taken = list(before)
-        with _hooks(params, send):
+        with _hooks(params, self._meta.rows, send):
             yield
 
     def meta_gradient(self, last: Sequence[Tensor | None]) -> list[Tensor]:
         """The averages over the ranks."""
+        assert self._form is not None
         self.taken = list(last)
         self._meta.wait()
-        return self._meta.views()
+        sharded = [row for row, is_one in enumerate(self._meta_sharded) if is_one]
+        formed = self._form(sharded, [self._first[row] for row in sharded], [last[row] for row in sharded])
+        of_row = dict(zip(sharded, formed, strict=True))
+        return [of_row[row] if row in of_row else self._meta.view(row) for row in range(len(last))]
 
-    def conclude(self, losses: Sequence[Tensor], degenerate: Tensor, norm: Tensor) -> Verdict | None:
+    def conclude(
+        self, losses: Sequence[Tensor], degenerate: Tensor, norm: Tensor, bad: Tensor | None
+    ) -> Verdict | None:
         """The losses, averaged, and what other ranks report.
 
         Arguments:
             losses: of the meta batch, and two of the base batch; this rank's.
+            bad: whether this rank's gradients are not to be used.
         Raises:
             RuntimeError: a closure raised on another rank (`Status.report`).
         """
-        shares = (self.meta_share, self.base_share, self.base_share)
-        finite = torch.stack([*(x.double() for x in losses), norm.double()]).isfinite().all()
-        shared = [x.double() * share for x, share in zip(losses, shares, strict=True)]
-        return self._status.report(shared, degenerate, finite)
-
-    def __enter__(self) -> Exchange:
-        return self
+        base, meta = self._loss_shares
+        finite = torch.stack([x.isfinite() for x in (*losses, norm)]).all()
+        shared = [x.double() * share for x, share in zip(losses, (meta, base, base), strict=True)]
+        return self._status.report(shared, degenerate, finite if bad is None else finite & ~bad)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        broken = self._meta.broken or (self._direct is not None and self._direct.broken)
-        if not isinstance(error, Exception) or self._status.reported or broken:
+        broken = self._meta.broken or self._direct.broken
+        if not isinstance(error, Exception) or self._status.reported or broken or self._hangs:
             return
         self._form = None
         self._at_once = True
-        if self._direct is not None:
-            self._direct.wait()
+        self._direct.wait()
         self._meta.wait()
         self._status.report_failure()
 
@@ -243,7 +198,7 @@ class Exchange(Alone):
 
 def ranks_of(problem: Problem) -> Alone:
     """Those that take part in a meta step."""
-    return Alone() if problem.synchronisation is None else Exchange(problem, problem.synchronisation)
+    return Alone(problem) if problem.synchronisation is None else Exchange(problem, problem.synchronisation)
 
 
 def _agree(problem: Problem, how: Synchronisation) -> None:
@@ -261,6 +216,20 @@ def _agree(problem: Problem, how: Synchronisation) -> None:
     agree(how.group, description)
 
 
+def _check_placements(problem: Problem, direct: bool, world: int) -> None:
+    """DTensors that nobody averages over data-parallel ranks."""
+    checked = (("base_params", problem.base_params if direct else ()), ("meta_params", problem.meta_params))
+    for name, params in checked:
+        for i, p in enumerate(params):
+            ranks = world if id(p) in problem.owned else mesh_size(p, world)
+            if ranks < world:
+                raise ValueError(
+                    f"{name}: tensor {i} is a DTensor on {ranks} of {world} ranks, and its gradient would not be"
+                    " averaged over the others; use fully_shard on a mesh with a data-parallel dimension (a closure has"
+                    ' to reach the module), or sync="none"'
+                )
+
+
 def _shares(
     weight: tuple[float, float] | None, world: int, group: Any, device: torch.device
 ) -> tuple[float | Tensor, float | Tensor]:
@@ -274,8 +243,10 @@ def _shares(
 
 
 @contextmanager
-def _hooks(params: Sequence[Tensor], hook_of: Callable[[int], Callable[[Tensor], Any]]) -> Iterator[None]:
-    handles = [p.register_hook(hook_of(row)) for row, p in enumerate(params)]  # type: ignore[no-untyped-call]
+def _hooks(
+    params: Sequence[Tensor], rows: Sequence[int], hook_of: Callable[[int], Callable[[Tensor], Any]]
+) -> Iterator[None]:
+    handles = [params[row].register_hook(hook_of(row)) for row in rows]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

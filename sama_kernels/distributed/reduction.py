@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,17 +26,20 @@ class OverlappedReduction:
     nothing (with gloo, whose collectives run on the host, it has to).
 
     Arguments:
-        like: the tensors whose gradients are summed.
+        like: tensors such as the gradients that are summed, by the row that they have for the caller.
+        device: where the gradients are.
         prepare: last work on a bucket before it is sent, on the side stream.
         arrived: first work on the sum, likewise.
         comm_hook: reduces a bucket instead of `torch.distributed.all_reduce`, and averages instead of summing.
     Attributes:
+        rows: the keys of `like`.
         broken: a collective raised, so that no other can succeed.
     """
 
     def __init__(
         self,
-        like: Sequence[Tensor],
+        like: Mapping[int, Tensor],
+        device: torch.device,
         group: Any,
         mib: float,
         *,
@@ -44,24 +47,22 @@ class OverlappedReduction:
         arrived: Work | None = None,
         comm_hook: CommHook | None = None,
     ) -> None:
-        self.buckets = divide(like, mib)
+        self.buckets = divide(like, device, mib)
         self.broken = False
         self._group = group
         self._prepare = prepare
         self._arrived = arrived
         self._comm_hook = comm_hook
-        self._of_row = {row: (b, view) for b in self.buckets for row, view in zip(b.rows, b.views, strict=True)}
+        self._of_row = {row: (b, i) for b in self.buckets for i, row in enumerate(b.rows)}
+        self.rows = sorted(self._of_row)
         self._launched: list[tuple[Bucket, Any]] = []
-        device = like[0].device
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        used = device.type == "cuda" and len(like) > 0
+        self._side = torch.cuda.Stream(device) if used else None  # type: ignore[no-untyped-call]
 
     def view(self, row: int) -> Tensor:
         """Where the gradient of a row lies, and its sum in the end."""
-        return self._of_row[row][1]
-
-    def views(self) -> list[Tensor]:
-        """`view` of all rows, in order."""
-        return [self._of_row[row][1] for row in range(len(self._of_row))]
+        bucket, i = self._of_row[row]
+        return bucket.views[i]
 
     def ready(self, row: int) -> None:
         """The gradient of a row is in its `view`."""

@@ -3,6 +3,7 @@
 from sama_kernels.backends.arguments import COEFFICIENTS
 from sama_kernels.backends.reference import (
     CENTERED,
+    DELTA,
     EXACT,
     LINEAR,
     MAXIMUM,
@@ -14,6 +15,7 @@ from sama_kernels.backends.reference import (
     STOCHASTIC,
 )
 from sama_kernels.ops.adapt_norm import adapt_norm_adam, adapt_norm_scale
+from sama_kernels.ops.adapt_norm_low_bit import adapt_norm_low_bit_adam
 from sama_kernels.ops.adapt_norm_moments import adapt_norm_moments
 from sama_kernels.ops.central_difference import central_difference
 from sama_kernels.ops.perturb import perturb
@@ -23,6 +25,7 @@ from sama_kernels.ops.step_size import step_size
 __all__ = [
     "CENTERED",
     "COEFFICIENTS",
+    "DELTA",
     "EXACT",
     "LINEAR",
     "MAXIMUM",
@@ -33,6 +36,7 @@ __all__ = [
     "RATIO",
     "STOCHASTIC",
     "adapt_norm_adam",
+    "adapt_norm_low_bit_adam",
     "adapt_norm_moments",
     "adapt_norm_scale",
     "central_difference",

@@ -26,8 +26,8 @@ import sama_kernels.ops  # noqa: F401  (defines the schemas)
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 OPS = (
-    "adapt_norm_adam", "adapt_norm_scale", "adapt_norm_moments", "step_size", "perturb", "restore",
-    "central_difference",
+    "adapt_norm_adam", "adapt_norm_low_bit_adam", "adapt_norm_scale", "adapt_norm_moments", "step_size", "perturb",
+    "restore", "central_difference",
 )  # fmt: skip
 REPLACED = ("stream.cpp", "module.cpp")  # torch's current stream and the Python module
 

@@ -19,7 +19,6 @@
 #define __grid_constant__ & // it stands between a parameter's type and name: one copy for all threads
 #define __syncthreads emulation::barrier
 
-#define SAMA_UNROLL
 #define SAMA_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(sama_emulated, CPU, m)
 
 struct EmulatedIndex {

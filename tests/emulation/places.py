@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from low_bit_cases import LowBit
 from moments_cases import Moments
 from op_cases import F64, Adam
 from torch import Tensor
@@ -56,6 +57,13 @@ class Place:
         v, *lists = map(self.put, case.lists)
         coefficients = case.coefficients.to(self.device)
         norm_sq = ops.adapt_norm_moments(v, *lists, coefficients, **case.scalars, backend=self.backend)
+        return cpu(v), norm_sq.cpu()
+
+    def low_bit(self, case: LowBit, **changed: Any) -> tuple[list[Tensor], Tensor]:
+        """`LowBit.run` here; results on the CPU."""
+        v, *lists = map(self.put, case.lists[:-1])
+        options = {**case.options, **changed}
+        norm_sq = ops.adapt_norm_low_bit_adam(v, *lists, case.steps, **options, backend=self.backend)
         return cpu(v), norm_sq.cpu()
 
 

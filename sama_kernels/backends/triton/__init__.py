@@ -7,7 +7,11 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-_FILES = {"adapt_norm_adam": "adapt_norm", "adapt_norm_scale": "adapt_norm"}
+_FILES = {
+    "adapt_norm_adam": "adapt_norm",
+    "adapt_norm_scale": "adapt_norm",
+    "adapt_norm_low_bit_adam": "adapt_norm_low_bit",
+}
 
 
 def missing() -> str | None:

@@ -56,18 +56,17 @@ def adapt_norm_adam(
         lists["max_exp_avg_sqs"] = max_exp_avg_sqs
     if decay:
         lists["params"] = params
-    on_device = not all(map(_on_host, steps))
-    device_steps = [t.detach().to(device, non_blocking=True) for t in steps] if on_device else []
-    operands = Operands("adapt_norm_adam", lists, written=("v",), scalars=device_steps)
-    corrections = None if on_device else upload(_bias_corrections(steps, beta1, beta2), device)
-    lr, lr_tensor = _host_part(lr_tensor, lr, device)
+    device_steps = steps_on_device(steps, device)
+    operands = Operands("adapt_norm_adam", lists, written=("v",), others=device_steps)
+    corrections = None if device_steps else upload(bias_corrections(steps, beta1, beta2), device)
+    lr, lr_tensor = host_part(lr_tensor, lr, device)
     slots = new_slots(operands.programs, v[0].device)
     first = 0
     for group in operands.groups:
         noise = 8 * torch.finfo(group.dtypes[2]).eps * (1 - beta1)
         launch(
-            adam_kernel, group, slots[0, first:], corrections, lr_tensor, lr, 1 - beta1, 1 - beta2, _log2(beta1),
-            _log2(beta2), eps, weight_decay, noise,
+            adam_kernel, group, slots[0, first:], corrections, lr_tensor, lr, 1 - beta1, 1 - beta2, log2(beta1),
+            log2(beta2), eps, weight_decay, noise,
             EXACT=mode == EXACT, AMSGRAD=bool(max_exp_avg_sqs), DECAY=decay, MAXIMIZE=bool(maximize),
         )  # fmt: skip
         first += group.programs
@@ -78,7 +77,7 @@ def adapt_norm_adam(
 def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: float) -> Tensor:
     """See `sama_kernels.ops.adapt_norm_scale`."""
     check_adapt_norm_scale(v, scale_tensor)
-    factor, scale_tensor = _host_part(scale_tensor, 1.0, v[0].device)
+    factor, scale_tensor = host_part(scale_tensor, 1.0, v[0].device)
     factor *= scale
     operands = Operands("adapt_norm_scale", {"v": v}, written=("v",))
     slots = new_slots(operands.programs, v[0].device)
@@ -96,7 +95,14 @@ def _on_host(scalar: Tensor) -> bool:
     return scalar.device.type == "cpu"
 
 
-def _host_part(scalar: Tensor | None, value: float, device: torch.device) -> tuple[float, Tensor | None]:
+def steps_on_device(steps: Sequence[Tensor], device: torch.device) -> dict[str, Sequence[Tensor]]:
+    """The step counters as `others` of `Operands`, if not all of them may be read by the host."""
+    if all(map(_on_host, steps)):
+        return {}
+    return {"steps": [t.detach().to(device, non_blocking=True) for t in steps]}
+
+
+def host_part(scalar: Tensor | None, value: float, device: torch.device) -> tuple[float, Tensor | None]:
     """A scalar as (its value, None) if the host may read it, else as (1, the tensor that the kernel reads)."""
     if scalar is None:
         return float(value), None
@@ -105,14 +111,14 @@ def _host_part(scalar: Tensor | None, value: float, device: torch.device) -> tup
     return 1.0, scalar.detach().to(device)
 
 
-def _log2(beta: float) -> float:
+def log2(beta: float) -> float:
     return math.log2(beta) if beta > 0 else -math.inf
 
 
-def _bias_corrections(steps: Sequence[Tensor], beta1: float, beta2: float) -> Tensor:
-    """(c1, c2) of every tensor, float64, on the CPU."""
+def bias_corrections(steps: Sequence[Tensor], beta1: float, beta2: float) -> Tensor:
+    """(c1, c2, t) of every tensor, float64, on the CPU."""
     counts = [float(t.item()) for t in steps]
-    known = {t: (1 - beta1**t, 1 - beta2**t) for t in set(counts)}
+    known = {t: (1 - beta1**t, 1 - beta2**t, t) for t in set(counts)}
     return torch.tensor([known[t] for t in counts], dtype=torch.float64)
 
 
@@ -124,7 +130,6 @@ def adam_kernel(
     MAXIMIZE: tl.constexpr, STORAGE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """v <- D d, and this program's part of ||v||^2 into its slot. Operands: v, g, m, w, [max w], [theta], [step]."""
-    COMPUTE: tl.constexpr = compute_type(STORAGE[0])
     STEPS: tl.constexpr = corrections is None  # step counters on the device
     row, start, length = locate(chunks, rows, 4 + AMSGRAD + DECAY + STEPS, BLOCK * BLOCKS)
     v = words_at(row, 0, start, STORAGE[0], ALIGNED)
@@ -136,29 +141,9 @@ def adam_kernel(
         w_max = words_at(row, 4, start, STORAGE[4], ALIGNED)
     if DECAY:
         p = words_at(row, 4 + AMSGRAD, start, STORAGE[4 + AMSGRAD], ALIGNED)
-    if STEPS:
-        STEP: tl.constexpr = 4 + AMSGRAD + DECAY
-        t = tl.load(tl.load(row + ADDRESSES + STEP).to(tl.pointer_type(STORAGE[STEP]))).to(tl.float64)
-        c1 = 1.0 - tl.exp2(t * tl.full((), log2_beta1, tl.float64))
-        c2 = 1.0 - tl.exp2(t * tl.full((), log2_beta2, tl.float64))
-    else:
-        correction = corrections + tl.load(row + INDEX) * 2
-        c1 = tl.load(correction)
-        c2 = tl.load(correction + 1)
-    rate = tl.full((), lr, tl.float64)
-    if lr_tensor is not None:
-        rate *= tl.load(lr_tensor).to(tl.float64)
-    rest = tl.full((), one_minus_beta1, tl.float64)
-    scalars = (
-        (rate / c1).to(COMPUTE),
-        (rate / (c1 * c2)).to(COMPUTE),
-        (rate / c1 * rest * tl.full((), eps, tl.float64)).to(COMPUTE),
-        (1.0 / tl.sqrt(c2)).to(COMPUTE),
-        rest.to(COMPUTE),
-        tl.full((), one_minus_beta2, tl.float64).to(COMPUTE),
-        tl.full((), eps, tl.float64).to(COMPUTE),
-        tl.full((), weight_decay, tl.float64).to(COMPUTE),
-        tl.full((), noise, tl.float64).to(COMPUTE),
+    c1, c2, _ = corrections_of(row, corrections, log2_beta1, log2_beta2, 4 + AMSGRAD + DECAY, STORAGE)
+    scalars = adam_scalars(
+        c1, c2, lr_tensor, lr, one_minus_beta1, one_minus_beta2, eps, weight_decay, noise, compute_type(STORAGE[0])
     )
     total = tl.zeros((BLOCK // one_access(STORAGE, 4),), dtype=tl.float64)
     full = length // BLOCK
@@ -174,24 +159,73 @@ def adam_kernel(
 
 
 @triton.jit
+def corrections_of(row, corrections, log2_beta1, log2_beta2, STEP: tl.constexpr, STORAGE: tl.constexpr):
+    """c1, c2 and t of a row's tensor, float64. Without `corrections` t is operand number STEP."""
+    if corrections is None:
+        t = tl.load(tl.load(row + ADDRESSES + STEP).to(tl.pointer_type(STORAGE[STEP]))).to(tl.float64)
+        c1 = 1.0 - tl.exp2(t * tl.full((), log2_beta1, tl.float64))
+        c2 = 1.0 - tl.exp2(t * tl.full((), log2_beta2, tl.float64))
+    else:
+        correction = corrections + tl.load(row + INDEX) * 3
+        c1, c2, t = tl.load(correction), tl.load(correction + 1), tl.load(correction + 2)
+    return c1, c2, t
+
+
+@triton.jit
+def adam_scalars(
+    c1, c2, lr_tensor, lr, one_minus_beta1, one_minus_beta2, eps, weight_decay, noise, COMPUTE: tl.constexpr
+):
+    """The numbers of one tensor in the compute type, computed in float64."""
+    rate = tl.full((), lr, tl.float64)
+    if lr_tensor is not None:
+        rate *= tl.load(lr_tensor).to(tl.float64)
+    rest = tl.full((), one_minus_beta1, tl.float64)
+    return (
+        (rate / c1).to(COMPUTE),
+        (rate / (c1 * c2)).to(COMPUTE),
+        (rate / c1 * rest * tl.full((), eps, tl.float64)).to(COMPUTE),
+        (1.0 / tl.sqrt(c2)).to(COMPUTE),
+        rest.to(COMPUTE),
+        tl.full((), one_minus_beta2, tl.float64).to(COMPUTE),
+        tl.full((), eps, tl.float64).to(COMPUTE),
+        tl.full((), weight_decay, tl.float64).to(COMPUTE),
+        tl.full((), noise, tl.float64).to(COMPUTE),
+    )
+
+
+@triton.jit
 def _adam_block(
     v, g, m, w, w_max, p, first, length, scalars, EXACT: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of v; returns sums of the squares of its values, float64."""
     COMPUTE: tl.constexpr = compute_type(STORAGE[0])
-    rate, paper_rate, tail_rate, inv_sqrt_c2, one_minus_beta1, one_minus_beta2, eps, weight_decay, noise = scalars
     d = load(v, first, length, STORAGE[0], COMPUTE, BLOCK, MASKED)
     gradient = load(g, first, length, STORAGE[1], COMPUTE, BLOCK, MASKED)
     mean = load(m, first, length, STORAGE[2], COMPUTE, BLOCK, MASKED)
     own = load(w, first, length, STORAGE[3], COMPUTE, BLOCK, MASKED)
-    second = own
+    second, theta = own, d  # the latter is not used unless
     if AMSGRAD:
         second = load(w_max, first, length, STORAGE[4], COMPUTE, BLOCK, MASKED)
+    if DECAY:
+        theta = load(p, first, length, STORAGE[4 + AMSGRAD], COMPUTE, BLOCK, MASKED)
+    adapted = adam_element(d, gradient, mean, own, second, theta, scalars, EXACT, AMSGRAD, DECAY, MAXIMIZE, BLOCK)
+    store_words(v, first, length, narrow(adapted, STORAGE[0]), BLOCK, MASKED)
+    wide = in_chunk(adapted.to(tl.float64), first, length, BLOCK, MASKED)
+    return partial_sums(wide * wide, one_access(STORAGE, 4))
+
+
+@triton.jit
+def adam_element(
+    d, gradient, mean, own, second, theta, scalars, EXACT: tl.constexpr, AMSGRAD: tl.constexpr, DECAY: tl.constexpr,
+    MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """D d for a block of elements."""
+    rate, paper_rate, tail_rate, inv_sqrt_c2, one_minus_beta1, one_minus_beta2, eps, weight_decay, noise = scalars
     s = sqrt(second) * inv_sqrt_c2
     q = s + eps
     # One division serves 1/q and 1/(s q): it is the longest of all operations here.
-    one = tl.full((BLOCK,), 1.0, COMPUTE)
+    one = tl.full((BLOCK,), 1.0, d.dtype)
     empty = second == 0.0
     divisor = tl.where(empty, one, s)
     inv_sq = tl.where(q == 0.0, 0.0, divide(one, divisor * q))
@@ -199,7 +233,6 @@ def _adam_block(
     if MAXIMIZE:
         gradient = gradient * -1.0  # not -gradient, which is 0 - gradient in Triton: it loses the sign of zeros
     if DECAY:  # L2 decay acts on theta before the step: theta + the update that was subtracted
-        theta = load(p, first, length, STORAGE[4 + AMSGRAD], COMPUTE, BLOCK, MASKED)
         gradient = gradient + weight_decay * (theta + rate * (mean * inv_q))
     part = one_minus_beta2 * (mean * gradient)
     if AMSGRAD:  # the second moment takes part in the derivative only where it is the maximum
@@ -212,9 +245,7 @@ def _adam_block(
     adapted = adapted * d
     if MAXIMIZE:
         adapted = adapted * -1.0
-    store_words(v, first, length, narrow(adapted, STORAGE[0]), BLOCK, MASKED)
-    wide = in_chunk(adapted.to(tl.float64), first, length, BLOCK, MASKED)
-    return partial_sums(wide * wide, one_access(STORAGE, 4))
+    return adapted
 
 
 @triton.jit(do_not_specialize=["chunks", "rows", "slots", "scale_tensor"])

@@ -17,13 +17,14 @@ LANGUAGE_TYPES = {
     torch.float16: tl.float16,
     torch.int64: tl.int64,
     torch.int32: tl.int32,
+    torch.uint8: tl.uint8,
 }
 
 
 @triton.constexpr_function
 def word_type(storage):
     """The unsigned integer as wide as `storage`."""
-    return {16: tl.uint16, 32: tl.uint32, 64: tl.uint64}[storage.primitive_bitwidth]
+    return {8: tl.uint8, 16: tl.uint16, 32: tl.uint32, 64: tl.uint64}[storage.primitive_bitwidth]
 
 
 @triton.constexpr_function

@@ -51,14 +51,22 @@ class Operands:
         op: prefixes the messages.
         lists: the operands by name, checked: same lengths and shapes.
         written: names of the lists that the kernel writes to.
-        scalars: one more list of one-element tensors, of which the kernel wants the addresses.
+        codes: further lists by name, checked: contiguous tensors of shapes of their own that number the elements in
+            row-major order, so that no other order will do for the operands.
+        others: lists of tensors of which the kernel wants nothing but the addresses, such as step counters.
     Raises:
         RuntimeError: not all of them are on one device that Triton can use.
     """
 
     def __init__(
-        self, op: str, lists: dict[str, Sequence[Tensor]], written: Sequence[str], scalars: Sequence[Tensor] = ()
+        self,
+        op: str,
+        lists: dict[str, Sequence[Tensor]],
+        written: Sequence[str],
+        codes: dict[str, Sequence[Tensor]] | None = None,
+        others: dict[str, Sequence[Tensor]] | None = None,
     ) -> None:
+        codes, others = codes or {}, others or {}
         self._written: list[tuple[Tensor, Tensor]] = []  # (the caller's tensor, its contiguous copy)
         self._kept: list[Tensor] = []  # copies that are only read: until the kernels are queued
         self.groups: list[Group] = []
@@ -66,15 +74,16 @@ class Operands:
         if not first:
             return
         self.device = first[0].device
-        _check_device(op, lists, self.device)
-        flat = [*self._flat(lists, written), *([scalars] if scalars else [])]
+        _check_device(op, {**lists, **codes, **others}, self.device)
+        vectors = [*self._flat(lists, written, any_order=not codes), *codes.values()]
+        flat = [*vectors, *others.values()]
         dtypes_of = zip(*([x.dtype for x in tensors] for tensors in flat), strict=True)
         addresses_of = zip(*([x.data_ptr() for x in tensors] for tensors in flat), strict=True)
         rows: dict[tuple[tuple[torch.dtype, ...], bool], list[tuple[int, ...]]] = {}
         for i, (like, dtypes, addresses) in enumerate(zip(first, dtypes_of, addresses_of, strict=True)):
             numel = like.numel()
             if numel:
-                aligned = not any(address % _ALIGNMENT for address in addresses[: len(lists)])
+                aligned = not any(address % _ALIGNMENT for address in addresses[: len(vectors)])
                 rows.setdefault((dtypes, aligned), []).append((numel, i, *addresses))
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         for (dtypes, aligned), group in rows.items():
@@ -93,13 +102,15 @@ class Operands:
         for original, copy in self._written:
             original.copy_(copy)
 
-    def _flat(self, lists: dict[str, Sequence[Tensor]], written: Sequence[str]) -> Sequence[Sequence[Tensor]]:
+    def _flat(
+        self, lists: dict[str, Sequence[Tensor]], written: Sequence[str], any_order: bool
+    ) -> Sequence[Sequence[Tensor]]:
         """The lists, with contiguous copies where a tensor's operands do not share a dense layout."""
         if all(x.is_contiguous() for tensors in lists.values() for x in tensors):
             return list(lists.values())
         flat = {name: list(tensors) for name, tensors in lists.items()}
         for i in range(len(next(iter(flat.values())))):
-            if share_dense_layout([tensors[i] for tensors in flat.values()]):
+            if any_order and share_dense_layout([tensors[i] for tensors in flat.values()]):
                 continue
             for name, tensors in flat.items():
                 x = tensors[i].detach()

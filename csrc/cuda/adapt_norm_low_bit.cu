@@ -1,0 +1,202 @@
+// adapt_norm_low_bit_adam: v <- D d and ||v||^2 in one pass. See sama_kernels/ops/adapt_norm_low_bit.py.
+#include "../common/low_bit.h"
+#include "../common/low_bit_arguments.h"
+#include "bias_corrections.h"
+#include "packs.h"
+#include "reduce.h"
+
+namespace sama {
+namespace {
+
+struct LowBitArguments {
+  Scalar lr;
+  double beta1, beta2, eps;
+  BiasCorrections corrections;
+  int32_t block_size;
+};
+static_assert(sizeof(LowBitArguments) + sizeof(double*) <= kParameterBytes - kTableBytes, "fits beside the table");
+
+using LowBitTable = Table<kLowBitLists>;
+
+// What is the same for all elements of a block's tensor.
+template <class T>
+struct LowBitShared {
+  AdamScalars<T> adam;
+  bool first;
+  float lookup[2][kByteCodes]; // of m and of w
+};
+
+// One thread computes the scalars: double precision is slow on many GPUs.
+template <class T, bool packed>
+__device__ inline const LowBitShared<T>& block_shared(
+    const LowBitTable& table, const LowBitArguments& a, int tensor) {
+  __shared__ LowBitShared<T> shared;
+  constexpr int kEntries = packed ? kPackedCodes : kByteCodes;
+  for (int i = int(threadIdx.x); i < kEntries; i += kThreads) {
+    shared.lookup[0][i] = reinterpret_cast<const float*>(table.data[kLowBitM + kLookup][tensor])[i];
+    shared.lookup[1][i] = reinterpret_cast<const float*>(table.data[kLowBitW + kLookup][tensor])[i];
+  }
+  if (threadIdx.x == 0) {
+    const BiasCorrection at = a.corrections.of(tag(table, tensor), table.first + tensor);
+    shared.adam = low_bit_scalars<T>(read(a.lr), at.c1, at.c2, a.beta1, a.beta2, a.eps);
+    shared.first = at.first;
+  }
+  __syncthreads();
+  return shared;
+}
+
+// The codes of a pack of elements as they are stored: 8 bytes, or 4. What lies behind `count` is zero.
+template <bool packed>
+__device__ inline uint64_t load_codes(const char* codes, int64_t index, int count) {
+  using Word = std::conditional_t<packed, uint32_t, uint64_t>;
+  const char* address = codes + (packed ? index / 2 : index);
+  if (count == kPack && reinterpret_cast<uintptr_t>(address) % sizeof(Word) == 0)
+    return *reinterpret_cast<const Word*>(address);
+  const int bytes = packed ? (count + 1) / 2 : count;
+  Word word = 0;
+  SAMA_UNROLL
+  for (int i = 0; i < int(sizeof(Word)); ++i)
+    if (i < bytes) word |= Word(reinterpret_cast<const uint8_t*>(address)[i]) << (8 * i);
+  return word;
+}
+
+template <bool packed>
+__device__ inline int code(uint64_t codes, int i) {
+  return packed ? int(codes >> (8 * (i / 2) + 4 * (1 - i % 2))) & 15 : int(codes >> (8 * i)) & 255;
+}
+
+// Which of a tensor's scales a block begins with, and how many elements before it have that scale, too.
+struct ScalePlace {
+  int64_t block;
+  uint32_t before;
+};
+
+// A pack of a moment; `at`: its first element, counted from the beginning of the block's chunk.
+template <class T, bool packed>
+__device__ inline void dequantise(
+    uint64_t codes, const float* lookup, const float* scales, const ScalePlace& place, uint32_t block_size, int at,
+    int count, T (&values)[kPack]) {
+  const uint32_t from = place.before + uint32_t(at);
+  const uint32_t block = from / block_size;
+  const float* own = scales + place.block + block;
+  if (from - block * block_size + uint32_t(count) <= block_size) { // always, if blocks are multiples of 8
+    const float scale = *own;
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) values[i] = T(lookup[code<packed>(codes, i)] * scale);
+  } else {
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) {
+      const float scale = i < count ? own[(from + uint32_t(i)) / block_size - block] : 0.0f;
+      values[i] = T(lookup[code<packed>(codes, i)] * scale);
+    }
+  }
+}
+
+// Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which in float64 is two on sm_100, by
+// pressing a kernel into 128 registers and spilling one of them.
+template <class T>
+constexpr int kLowBitBlocks = sizeof(T) == 8 ? 1 : 0;
+
+template <class T, bool exact, bool packed>
+__global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kernel(
+    const LowBitTable __grid_constant__ table, const LowBitArguments __grid_constant__ arguments, double* slots) {
+  const Span span = span_of(table, int(blockIdx.x));
+  const LowBitShared<T>& shared = block_shared<T, packed>(table, arguments, span.tensor);
+  const AdamScalars<T> k = shared.adam;
+  const bool first = shared.first;
+  const Operand v = operand(table, kLowBitV, span.tensor), grad = operand(table, kLowBitGrad, span.tensor);
+  const char* const m_codes = table.data[kLowBitM + kCodes][span.tensor];
+  const char* const w_codes = table.data[kLowBitW + kCodes][span.tensor];
+  const float* const m_scales = reinterpret_cast<const float*>(table.data[kLowBitM + kScales][span.tensor]);
+  const float* const w_scales = reinterpret_cast<const float*>(table.data[kLowBitW + kScales][span.tensor]);
+  const int64_t block = span.start / arguments.block_size;
+  const ScalePlace place{block, uint32_t(span.start - block * arguments.block_size)};
+  double sum = 0.0;
+  for_each_pack(span, [&](int64_t index, int count) {
+    const int at = int(index - span.start);
+    Words<T> words, grad_words;
+    load(v, index, count, words);
+    load(grad, index, count, grad_words);
+    const uint64_t of_m = load_codes<packed>(m_codes, index, count), of_w = load_codes<packed>(w_codes, index, count);
+    T d[kPack], g[kPack], m[kPack], w[kPack], adapted[kPack];
+    widen(words, v.dtype, d);
+    widen(grad_words, grad.dtype, g);
+    dequantise<T, packed>(of_m, shared.lookup[0], m_scales, place, uint32_t(arguments.block_size), at, count, m);
+    dequantise<T, packed>(of_w, shared.lookup[1], w_scales, place, uint32_t(arguments.block_size), at, count, w);
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) {
+      const KnownMoments<T> known =
+          first ? known_moments<T, true>(k, g[i], m[i], w[i]) : known_moments<T, false>(k, g[i], m[i], w[i]);
+      adapted[i] = low_bit_adam_element<T, exact>(k, d[i], g[i], known);
+      if (i < count) sum = add_square(sum, adapted[i]);
+    }
+    narrow(adapted, v.dtype, words);
+    store(v, index, count, words);
+  });
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) slots[blockIdx.x] = sum;
+}
+
+struct LowBitCall {
+  const Launcher& launch;
+  const DeviceOperands& operands;
+  const std::vector<uint8_t>& tags;
+  const LowBitArguments& arguments;
+  double* slots;
+};
+
+template <class T, bool exact, bool packed>
+int64_t launch_low_bit(const LowBitCall& call, int64_t done) {
+  std::array<int, kLowBitLists> order;
+  for (int list = 0; list < kLowBitLists; ++list) order[list] = list;
+  const auto length = [&](int64_t i) {
+    return computes_in<T>(call.operands.dtype(kLowBitV, i)) ? call.operands.numel(i) : 0;
+  };
+  const auto tag_of = [&](int64_t i) { return int(call.tags[i]); };
+  return for_each_table<kLowBitLists>(
+      call.operands, order, length, tag_of, [&](const LowBitTable& table, int64_t blocks, int64_t first_chunk) {
+        double* const slots = call.slots + done + first_chunk;
+        call.launch(low_bit_adam_kernel<T, exact, packed>, blocks, table, call.arguments, slots);
+      });
+}
+
+template <bool exact, bool packed>
+void launch_both(const LowBitCall& call) {
+  const int64_t done = launch_low_bit<float, exact, packed>(call, 0);
+  launch_low_bit<double, exact, packed>(call, done);
+}
+
+} // namespace
+
+Tensor adapt_norm_low_bit_adam(
+    const TensorList& v, const TensorList& grads, const TensorList& exp_avg_codes, const TensorList& exp_avg_scales,
+    const TensorList& exp_avg_tables, const TensorList& exp_avg_sq_codes, const TensorList& exp_avg_sq_scales,
+    const TensorList& exp_avg_sq_tables, const TensorList& steps, int64_t block_size,
+    const std::optional<Tensor>& lr_tensor, double lr, double beta1, double beta2, double eps, int64_t mode) {
+  const char* op = "adapt_norm_low_bit_adam";
+  DeviceOperands operands(op);
+  const bool packed = add_low_bit_lists(
+      op, operands, v, grads, {exp_avg_codes, exp_avg_scales, exp_avg_tables},
+      {exp_avg_sq_codes, exp_avg_sq_scales, exp_avg_sq_tables}, steps, block_size, mode);
+  const Scalar rate = lr_tensor ? scalar(op, "lr_tensor", *lr_tensor, v[0]) : scalar(lr);
+  std::vector<Scalar> counters(steps.size());
+  for (size_t i = 0; i < steps.size(); ++i)
+    counters[i] = scalar(op, "steps[" + std::to_string(i) + "]", steps[i], v[0]);
+
+  const Launcher launch(op, v[0]);
+  operands.finish();
+  const StepCorrections corrections(launch, v[0], counters, beta1, beta2);
+  const LowBitArguments arguments{rate, beta1, beta2, eps, corrections.argument(), int32_t(block_size)};
+  const Slots slots(v[0], total_chunks(operands), 1);
+  static constexpr void (*variants[4])(const LowBitCall&) = {
+      launch_both<false, false>, launch_both<false, true>, launch_both<true, false>, launch_both<true, true>};
+  variants[2 * (mode == kExact) + packed]({launch, operands, corrections.tags(), arguments, slots.slots(0)});
+  operands.write_back();
+  return slots.total(launch);
+}
+
+} // namespace sama
+
+SAMA_CUDA_LIBRARY(m) {
+  m.impl("adapt_norm_low_bit_adam", TORCH_BOX(&sama::adapt_norm_low_bit_adam));
+}

@@ -1,0 +1,192 @@
+"""Sharded parameters (FSDP2's `fully_shard`, tensor parallelism): the kernels work on this rank's part of a DTensor.
+
+The element-wise ops need no other rank's elements; only norms are sums over all of them. No parameter is ever put
+together here. `fully_shard` averages gradients over its ranks by itself, but in `.backward()` alone, and into `.grad`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Groups = tuple[Any, ...]
+"""The process groups over which the elements of a tensor are divided, one per mesh dimension; () if they are not."""
+
+
+def is_sharded(x: object) -> bool:
+    """Whether `x` is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there are none, and importing takes a second
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Any) -> Any:
+    """This rank's part of a DTensor, sharing memory with it; also of those in a dict; anything else as it is."""
+    if isinstance(x, dict):
+        return {key: local(value) for key, value in x.items()}
+    if not is_sharded(x):
+        return x
+    with torch.no_grad():  # with a graph it would be a view with a history
+        return x.to_local()
+
+
+def like(part: Tensor, whole: Tensor) -> Tensor:
+    """`part`, this rank's, as a DTensor sharded as `whole` is; as it is if that is no DTensor."""
+    if not is_sharded(whole):
+        return part
+    placed: Any = whole
+    made: Tensor = type(placed).from_local(
+        part, placed.device_mesh, placed.placements, run_check=False, shape=placed.shape, stride=placed.stride()
+    )
+    return made
+
+
+def groups_of(x: Any) -> Groups:
+    """A sum over the local part of `x`, summed over these groups, counts each element once: ranks along the other mesh
+    dimensions hold copies.
+
+    Raises:
+        ValueError: a placement that is neither a shard nor a replica.
+    """
+    if not is_sharded(x):
+        return ()
+    if any(placement.is_partial() for placement in x.placements):
+        raise ValueError(f"base_params: a DTensor with placements {x.placements} holds addends, not a parameter")
+    return tuple(x.device_mesh.get_group(dim) for dim in _sharded_dims(x))
+
+
+def mesh_size(x: Any, otherwise: int) -> int:
+    """How many ranks have a part of a DTensor, copies included."""
+    return int(x.device_mesh.size()) if is_sharded(x) else otherwise
+
+
+def part_number(x: Any) -> int:
+    """Which part of a DTensor this rank has, counted over the mesh dimensions that divide it; 0 of any other tensor."""
+    if not is_sharded(x):
+        return 0
+    number = 0
+    for dim in _sharded_dims(x):
+        number = number * x.device_mesh.size(dim) + x.device_mesh.get_local_rank(dim)
+    return number
+
+
+def _sharded_dims(x: Any) -> list[int]:
+    return [dim for dim, placement in enumerate(x.placements) if not placement.is_replicate()]
+
+
+def sum_over(value: Tensor, groups: Groups) -> Tensor:
+    """`value` summed over process groups, one after the other, in place."""
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def by_groups(params: Sequence[Tensor], rows: Iterable[int]) -> dict[Groups, list[int]]:
+    """The rows of `params` that are divided over the same ranks."""
+    found: dict[Groups, list[int]] = {}
+    for row in rows:
+        found.setdefault(groups_of(params[row]), []).append(row)
+    return found
+
+
+def fsdp_modules(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """Those of `modules` that `fully_shard` was called on.
+
+    Raises:
+        NotImplementedError: one of them is wrapped in its predecessor.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return ()
+    modules = tuple(modules)
+    if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in modules):
+        raise NotImplementedError(
+            "base_params, meta_params: FullyShardedDataParallel (FSDP1) keeps parameters in flat buffers of its own and"
+            " is not supported; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    return tuple(m for m in modules if isinstance(m, fsdp.FSDPModule))
+
+
+def managed(modules: Iterable[Any]) -> dict[int, Tensor]:
+    """The parameters that these FSDP modules gather, and whose gradients they reduce, by id."""
+    return {id(p): p for m in modules for p in m.parameters() if is_sharded(p)}
+
+
+def reshard(modules: Iterable[Any]) -> None:
+    """Let go of the parameters that FSDP has gathered: the next forward pass gathers them from the moved parts."""
+    for module in modules:
+        module.reshard()
+
+
+def gradients(loss: Tensor, inputs: Sequence[Tensor], owned: dict[int, Tensor]) -> list[Tensor | None]:
+    """Like `torch.autograd.grad`, None where `loss` does not read an input; of a DTensor this rank's part.
+
+    `owned`: from `managed`. If some of the inputs are in it, the gradients come through `.backward()`; every `.grad` is
+    set aside meanwhile.
+    """
+    if not any(id(x) in owned for x in inputs):
+        grads = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+        return [g if g is None else _placed(g, x) for g, x in zip(grads, inputs, strict=True)]
+    with _grads_aside([*owned.values(), *inputs, *_leaves(loss)]):
+        kept: dict[int, Tensor] = {}
+        others = [(row, x) for row, x in enumerate(inputs) if not x.is_leaf]
+        handles = [x.register_hook(_keep(kept, row)) for row, x in others]  # type: ignore[no-untyped-call]
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = [kept.get(row) if not x.is_leaf else x.grad for row, x in enumerate(inputs)]
+    return [g if g is None else _placed(g, x) for g, x in zip(found, inputs, strict=True)]
+
+
+def _keep(kept: dict[int, Tensor], row: int) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        kept[row] = grad
+
+    return hook
+
+
+def _placed(grad: Any, x: Any) -> Tensor:
+    """The local part of a gradient, placed as its parameter is: autograd may leave sums that are not yet made."""
+    if not is_sharded(grad):
+        return grad  # type: ignore[no-any-return]
+    with torch.no_grad():
+        placed = grad if grad.placements == x.placements else grad.redistribute(x.device_mesh, x.placements)
+        part: Tensor = placed.to_local()
+    return part
+
+
+@contextmanager
+def _grads_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    leaves = list({id(x): x for x in tensors if x.is_leaf}.values())
+    grads = [x.grad for x in leaves]
+    try:
+        for x in leaves:
+            x.grad = None
+        yield
+    finally:
+        for x, grad in zip(leaves, grads, strict=True):
+            x.grad = grad
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaves that a backward pass from `loss` would accumulate gradients in."""
+    nodes: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None, loss.grad_fn}
+    found: list[Tensor] = []
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        new: Collection[Any] = {f for f, _ in node.next_functions} - seen
+        seen.update(new)
+        nodes.extend(new)
+    return found

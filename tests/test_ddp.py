@@ -1,0 +1,167 @@
+"""Models in DistributedDataParallel: whole trainings over several ranks against one process on the whole batch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from parallel import Divided, bits_of
+from problems import flat, relative_error
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import sama_kernels as sk
+
+ROUNDS = 4
+WRAPPED: dict[str, dict[str, Any]] = {
+    "theta": {"theta": {}},
+    "lambda": {"lam": {}},
+    "both": {"theta": {}, "lam": {}},
+    "static graph": {"theta": {"static_graph": True}, "lam": {"static_graph": True}},
+    "find unused": {"theta": {"find_unused_parameters": True}, "lam": {"find_unused_parameters": True}},
+    "bucket views": {"theta": {"gradient_as_bucket_view": True}, "lam": {"gradient_as_bucket_view": True}},
+    "no_sync": {"theta": {}, "no_sync": True},
+    "update": {"theta": {}, "lam": {}, "update_base": True},
+    "compiled": {"theta": {}, "compiled": True},
+}
+
+
+def training(
+    rank: int,
+    world: int,
+    theta: dict[str, Any] | None = None,
+    lam: dict[str, Any] | None = None,
+    no_sync: bool = False,
+    update_base: bool = False,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Base steps and meta steps; the gradients of what is not in DDP are averaged by hand."""
+    problem = Divided(rank, world)
+    net: nn.Module = problem.net
+    if world > 1 and theta is not None:
+        net = DDP(net, **theta)
+    if world > 1 and lam is not None:
+        problem.weigher = DDP(problem.weigher, **lam)
+    if compiled:
+        net = torch.compile(net, backend="aot_eager")
+    problem.net = net
+    base_optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    meta_optimizer = torch.optim.SGD(problem.weigher.parameters(), lr=5.0)
+    for _ in range(ROUNDS):
+        base_optimizer.zero_grad()
+        if no_sync and world > 1:
+            x, y = problem.base
+            with net.no_sync():
+                problem.loss(x[:3], y[:3]).mul(3 / len(x)).backward()
+            problem.loss(x[3:], y[3:]).mul((len(x) - 3) / len(x)).backward()
+        else:
+            problem.base_loss().backward()
+        if world > 1 and theta is None:
+            _average(problem.net)
+        base_optimizer.step()
+        meta_optimizer.zero_grad()
+        before = [p.grad for p in net.parameters()]
+        sk.meta_backward(
+            problem.base_loss, problem.meta_loss, base_params=net, meta_params=problem.weigher,
+            optimizer=base_optimizer, alpha=0.1, sync="full", update_base=update_base,
+        )  # fmt: skip
+        assert all(a is p.grad for a, p in zip(before, net.parameters(), strict=True))
+        meta_optimizer.step()
+    return {"theta": flat(bits_of(list(net.parameters()))), "lam": flat(bits_of(list(problem.weigher.parameters())))}
+
+
+def _batch_norm(rank: int, world: int) -> list[Tensor]:
+    """DDP broadcasts rank 0's running statistics before forward passes: not here, where they are to stay."""
+    problem = Divided(rank, world)
+    problem.net = DDP(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).double())
+    optimizer = torch.optim.Adam(problem.net.parameters(), lr=0.02)
+    for _ in range(2):
+        problem.base_loss().backward()
+        optimizer.step()
+        buffers = bits_of(list(problem.net.buffers()))
+        out = problem.meta_grad(optimizer, sync="full")
+        assert all(torch.equal(a, b) for a, b in zip(buffers, problem.net.buffers(), strict=True))
+        assert problem.net.require_backward_grad_sync and problem.net.require_forward_param_sync
+        assert not out.degenerate or optimizer.state_dict()["state"][0]["step"] == 1
+    return bits_of(list(problem.net.buffers()))
+
+
+def test_running_statistics_stay_those_of_each_rank() -> None:
+    first, second = run_ranks(2, _batch_norm)
+    assert not torch.equal(first[0], second[0])  # each rank has seen its own rows
+
+
+def _average(module: nn.Module) -> None:
+    for p in module.parameters():
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= torch.distributed.get_world_size()
+
+
+def all_trainings(rank: int, world: int) -> dict[str, Any]:
+    return {name: training(rank, world, **options) for name, options in WRAPPED.items()}
+
+
+@cache
+def results(world: int) -> list[dict[str, Any]]:
+    return run_ranks(world, all_trainings)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_training_is_that_of_one_process(world: int, name: str) -> None:
+    expected = training(0, 1, **WRAPPED[name])
+    untrained = flat(bits_of(list(Divided().weigher.parameters())))
+    assert relative_error(expected["lam"], untrained) > 0.01
+    for rank in results(world):
+        assert relative_error(rank[name]["theta"], expected["theta"]) < 1e-9
+        assert relative_error(rank[name]["lam"], expected["lam"]) < 1e-9
+        for key in ("theta", "lam"):
+            assert torch.equal(rank[name][key], results(world)[0][name][key])
+
+
+class Gated(nn.Module):
+    """Per-class weights; a rank uses only those of the classes that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_class = nn.ParameterList([nn.Parameter(torch.tensor(0.1 * k, dtype=torch.float64)) for k in range(3)])
+
+    def forward(self, losses: Tensor, classes: Tensor) -> Tensor:
+        parts = [
+            torch.sigmoid(w) * losses[classes == k].sum() for k, w in enumerate(self.of_class) if (classes == k).any()
+        ]
+        return torch.stack(parts).sum() / len(losses)
+
+
+def _unused(rank: int, world: int, wrap: bool) -> list[Tensor | None]:
+    torch.manual_seed(0)
+    net: nn.Module = nn.Linear(4, 1).double()
+    x, y, classes = torch.randn(8, 4).double(), torch.randn(8, 1).double(), torch.tensor([0, 0, 1, 1, 1, 1, 0, 0])
+    gate: nn.Module = Gated()
+    if wrap:
+        gate = DDP(gate, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    (net(x) - y).square().mean().backward()
+    optimizer.step()
+    rows = slice(4 * rank, 4 * rank + 4) if world == 2 else slice(0, 8)
+    if world == 2 and rank == 1:
+        classes = torch.zeros(8, dtype=torch.int64)  # this rank has class 0 alone
+    elif world == 1:
+        classes = torch.cat([classes[:4], torch.zeros(4, dtype=torch.int64)])
+    out = sk.meta_grad(
+        lambda: gate((net(x[rows]) - y[rows]).square(), classes[rows]),
+        lambda: (net(x[rows]) - y[rows]).square().mean(),
+        base_params=net, meta_params=gate, optimizer=optimizer, sync="full", alpha=0.01,
+    )  # fmt: skip
+    return list(out.grads)
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "DDP"])
+def test_ranks_on_which_some_lambda_is_unused(wrap: bool) -> None:
+    expected = _unused(0, 1, False)
+    assert expected[0] != 0 and expected[1] != 0 and expected[2] == 0
+    for grads in run_ranks(2, _unused, wrap):
+        torch.testing.assert_close(grads, expected, rtol=1e-9, atol=0)
