@@ -19,13 +19,15 @@ check: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## kernels and the whole meta step: JSON and plots in bench/results/, tables on the terminal
+bench: $(READY)  ## kernels, the whole meta step, several processes: JSON, plots in bench/results/, tables on the terminal
 	$(BIN)/python -m bench.kernels --out bench/results
 	$(BIN)/python -m bench.meta_step --out bench/results
+	$(BIN)/python -m bench.scaling --out bench/results
 	$(BIN)/python -m bench.report
 
-report: $(READY)  ## plots and README tables from what is in bench/results/
+report: $(READY)  ## plots and tables of README and docs from what is in bench/results/
 	$(BIN)/python -m bench.report --write
+	$(BIN)/python -m bench.scaling_report --write docs/scaling_model.md
 
 sanitize: $(READY)  ## the kernels under the address and undefined-behaviour sanitizers of g++, those for GPUs in emulation
 	tests/sanitize.sh $(BIN)

@@ -5,7 +5,7 @@
 #   WHEELS   a folder of wheels of packages that are missing  COMMIT  what the JSON calls this tree where there is no git
 #   DRY_RUN=1  go through the same steps on the CPU with small sizes, as far as they go
 #
-# Builds in place, runs the tests marked `gpu`, compute-sanitizer over every kernel, both benchmarks and the report. A
+# Builds in place, runs the tests marked `gpu`, compute-sanitizer over every kernel, the benchmarks and the report. A
 # step that fails or takes too long does not stop the others. OUT/summary.json says how each went; exit status 0 means
 # that all of them succeeded.
 set -u
@@ -35,7 +35,7 @@ fi
 
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
-rm -f "$OUT"/summary.json "$OUT"/steps.log "$OUT"/tests.xml "$OUT"/kernels_*.{jsonl,png} "$OUT"/meta_step_*.json
+rm -f "$OUT"/summary.json "$OUT"/steps.log "$OUT"/tests.xml "$OUT"/kernels_*.{jsonl,png} "$OUT"/meta_step_*.json "$OUT"/scaling_*
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export PYTHONPATH="$PWD:$PWD/python:$scratch/packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -88,6 +88,7 @@ if [ "$device" = cuda ]; then
     sanitize racecheck
     step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
     step meta_step_base 50 "$PYTHON" -m bench.meta_step --model base --batch 32 --tokens 128 --rounds 10 --out "$OUT"
+    step scaling 60 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT" # NCCL, as many processes as GPUs
     step kernels 190 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 165 \
         --lists flat tiny bert-base llama-1b
 else
@@ -96,6 +97,7 @@ else
     skip racecheck "it needs a GPU"
     step kernels 190 "$PYTHON" -m bench.kernels --quick --out "$OUT" --lists flat tiny bert-base
     step meta_step_tiny 60 "$PYTHON" -m bench.meta_step --model tiny --batch 2 --tokens 8 --rounds 3 --out "$OUT"
+    step scaling 90 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT"
 fi
 TOTAL=$((TOTAL + 40))
 step report 40 "$PYTHON" -m bench.report --results "$OUT"

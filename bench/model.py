@@ -117,12 +117,16 @@ def checks_table(rows: list[Row]) -> str:
 
 def measured_table(rows: list[Row]) -> str:
     """Measured steps and what the model says."""
-    names = ["processes", "mode", "sync", "measured", "predicted", "error", "lowest", "highest", "over one process"]
-    lines = [f"| {' | '.join(names)} |", "|---:|---|---|" + "---:|" * (len(names) - 3)]
+    names = [
+        "processes", "mode", "λ", "step", "measured", "predicted", "error", "lowest", "highest", "over one process",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---:|---|---|---|" + "---:|" * (len(names) - 4)]
     for r in rows:
         times = [milliseconds(r[name]) for name in ("measured", "predicted")]
         bounds = [milliseconds(r[name]) for name in ("lowest", "highest")]
-        cells = [r["processes"], r["mode"], r["sync"], *times, f"{r['error']:+.1%}", *bounds, f"{r['relative']:.2f}"]
+        step = "base step" if r["step"] == "base" else f"meta, {r['sync']}"
+        about = [r["processes"], r["mode"], r["lambda"] or "", step]
+        cells = [*about, *times, f"{r['error']:+.1%}", *bounds, f"{r['relative']:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -36,6 +36,7 @@ TORCHTITAN = {"torch.compile": {8: 6667.0, 128: 6514.0}, "eager": {8: 5762.0, 12
 
 
 STEP_FIELDS = ("processes", "mode", "sync", "samples_per_s", "samples", "bytes_on_wire", "hidden_share")
+SAME = ("mode", "step", "lambda", "threads")  # what a step of one process should have in common with the others
 
 
 def solve(rising: Callable[[float], float], target: float, low: float, high: float) -> float:
@@ -141,7 +142,9 @@ def compare_measured(path: Path) -> list[Row]:
         path: JSON lines of `python -m bench.scaling`. Records of kind "link" have `bytes` and `seconds` of an
             all-reduce between two processes. Those of steps have `processes`, `mode`, `sync`, `samples_per_s`,
             `samples` (of one step, all processes together), `bytes_on_wire` (sent by one process in one step) and
-            `hidden_share` (of its communication); also `collectives` in one step, by default the buckets of 25 MiB.
+            `hidden_share` (of its communication, None if there is none); also `collectives` in one step, by default the
+            buckets of 25 MiB; and `step` ("base" or "meta"), `lambda`, `threads`, by which the step of one process is
+            chosen that the others are related to.
     Returns:
         A row per step record of several processes: seconds `measured`, `predicted` (with its hidden share), `lowest`
         (all hidden that fits beside the computation), `highest` (nothing hidden), `relative` (predicted over one
@@ -160,17 +163,17 @@ def compare_measured(path: Path) -> list[Row]:
         alone = [one for one in steps if one["processes"] == 1]
         if not alone:
             raise ReportError(f"{path}: no record with processes 1 to relate the others to")
-        one = next((one for one in alone if one["mode"] == row["mode"]), alone[0])
+        one = max(alone, key=lambda one: sum(one.get(key) == row.get(key) for key in SAME))
         others = row["processes"] - 1
         single = one["samples"] / one["samples_per_s"]
         compute = single * row["samples"] / row["processes"] / one["samples"]
         collectives = row.get("collectives", math.ceil(row["bytes_on_wire"] / BUCKET))
         messages = collectives * others * (2 if row["mode"] == "ddp" else 1)
         communication = messages * link.alpha + row["bytes_on_wire"] / link.bandwidth
-        predicted = compute + (1 - row["hidden_share"]) * communication
+        predicted = compute + (1 - (row["hidden_share"] or 0.0)) * communication
         measured = row["samples"] / row["samples_per_s"]
         rows.append({
-            **{key: row[key] for key in ("processes", "mode", "sync")}, "label": LABEL, "measured": measured,
+            **{key: row.get(key) for key in ("processes", "sync", *SAME)}, "label": LABEL, "measured": measured,
             "predicted": predicted, "lowest": max(compute, communication), "highest": compute + communication,
             "relative": predicted / single, "error": predicted / measured - 1, "alpha_s": link.alpha,
             "bytes_per_s": link.bandwidth,

@@ -100,3 +100,51 @@ def scaling(rows: list[Row], path: Path, label: str) -> None:
     )
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+SYNC_COLOURS = {
+    None: "tab:gray", "none": "tab:green", "final": "tab:blue", "full": "tab:orange",
+    "none, then all_reduce": "tab:red",
+}  # fmt: skip
+
+
+def measured_scaling(rows: list[Row], path: Path) -> None:
+    """What `bench.scaling` has measured, a row of panels per kind of lambda: time, bytes sent, what of it is hidden."""
+    lambdas = list(dict.fromkeys(row["lambda"] for row in rows))
+    figure, panels = plt.subplots(len(lambdas), 3, figsize=(16, 4 * len(lambdas)), squeeze=False, layout="constrained")
+    for lam, (left, middle, right) in zip(lambdas, panels, strict=True):
+        chosen = [row for row in rows if row["lambda"] == lam]
+        together = [row for row in chosen if row["processes"] > 1]
+        grouped(left, chosen, "median_s", f"{lam} λ: ms per step, 10 to 90 %", 1e3)
+        grouped(middle, together, "bytes_on_wire", f"{lam} λ: MB that a rank sends in a step", 1e-6)
+        grouped(right, together, "hidden_share", f"{lam} λ: share of the collectives' time that is hidden", 1.0)
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+        right.set_ylim(0, 1)
+    about, first = rows[0]["machine"], rows[0]
+    where = (
+        about["gpu"] if first["device"] == "cuda" else f"{about['processor']}, {first['cpus']} CPUs for all processes"
+    )
+    trial = ", --quick: a trial" if first["quick"] else ""
+    over = ". ⚠ more processes than CPUs: not scaling" * any(row["oversubscribed"] for row in rows)
+    figure.suptitle(f"{where}, commit {about['commit']}{trial}{over}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def grouped(axes: Axes, rows: list[Row], key: str, title: str, factor: float) -> None:
+    """Bars of the steps, in groups of processes and mode; a value of None is left out."""
+    groups = list(dict.fromkeys((r["processes"], r["threads"], r["mode"], r["oversubscribed"]) for r in rows))
+    for i, (sync, colour) in enumerate(SYNC_COLOURS.items()):
+        found = [r for r in rows if r["sync"] == sync and r[key] is not None]
+        places = [groups.index((r["processes"], r["threads"], r["mode"], r["oversubscribed"])) for r in found]
+        values = [r[key] * factor for r in found]
+        errors = [[v - r["p10_s"] * factor, r["p90_s"] * factor - v] for v, r in zip(values, found, strict=True)]
+        yerr = list(zip(*errors, strict=True)) if key == "median_s" and errors else None
+        label = "base step" if sync is None else f"meta, {sync}"
+        axes.bar(
+            [p + (i - 2) * 0.16 for p in places], values, 0.16, yerr=yerr, color=colour, label=label, ecolor="black"
+        )
+    names = [f"{n}×{t} thr{' ⚠' * over}\n{mode}" for n, t, mode, over in groups]
+    axes.set_xticks(range(len(groups)), names, fontsize=8)
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=7)

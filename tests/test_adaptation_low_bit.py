@@ -275,3 +275,13 @@ def test_an_override_of_the_number_of_bits_is_no_matter() -> None:
     p.grad = torch.randn(8)
     optimizer.step()
     assert adaptation.plan(optimizer, [p], "paper")
+
+
+def test_blocks_that_follow_the_memory_are_refused() -> None:
+    p = torch.randn(4, 8, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    optimizer = _bitsandbytes("AdamW8bit")(p)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["state1"].dtype == torch.uint8
+    with pytest.raises(TypeError, match="a parameter that is not row-major has no adaptation"):
+        adaptation.plan(optimizer, [p], "paper")

@@ -258,6 +258,19 @@ def test_compare_measured(tmp_path: Path) -> None:
     assert halved["predicted"] == pytest.approx(1 + 3 * alpha + (100 << 20) / bandwidth)
 
 
+def test_a_step_is_related_to_the_same_step_of_one_process(tmp_path: Path) -> None:
+    path = measured_file(tmp_path / "scaling.jsonl", 1e-3, 1e8)
+    links, (alone, both) = path.read_text().splitlines()[:3], map(json.loads, path.read_text().splitlines()[3:])
+    kinds = [{"step": step, "lambda": lam, "threads": n} for step in ("base", "meta") for lam in "ab" for n in (1, 2)]
+    rows = [{**alone, **kind, "samples_per_s": 16.0 + i} for i, kind in enumerate(kinds)]
+    rows += [{**both, **kind, "hidden_share": None} for kind in kinds]
+    path.write_text("\n".join([*links, *map(json.dumps, rows)]))
+    for i, row in enumerate(found := model.compare_measured(path)):
+        assert row["predicted"] / row["relative"] == pytest.approx(32 / (16.0 + i))
+        assert row["predicted"] == row["highest"] and {key: row[key] for key in kinds[i]} == kinds[i]
+    assert len(found) == 8
+
+
 def test_files_that_cannot_be_compared(tmp_path: Path) -> None:
     path = measured_file(tmp_path / "scaling.jsonl", 1e-3, 1e8)
     lines = path.read_text().splitlines()

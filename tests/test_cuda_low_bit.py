@@ -44,7 +44,7 @@ def test_values(place: Place, bits: int, dtype: torch.dtype, grads: torch.dtype,
     assert all(map(same_bits, kernel, compiled)) and all(map(identical, kernel, unaligned))
     assert_as_good(flat(kernel), flat(plain), flat([case.exact(i) for i in range(len(SHAPES))]))
     assert torch.equal(norm, unaligned_norm)
-    torch.testing.assert_close(norm, plain_norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm, plain_norm, rtol=1e-5, atol=0)  # one cell may be most of it, and be some ulps off
     if dtype in (F32, F64):  # the norm is that of the values as they were computed, before they are rounded for storage
         torch.testing.assert_close(norm, flat(kernel).double().square().sum(), rtol=1e-12, atol=0)
 
@@ -80,7 +80,7 @@ def test_many_tensors_and_steps_on_host_and_device(place: Place, where: str, dis
     if place.backend == "emulated":  # the same pow
         assert all(map(same_bits, kernel, expected))
     torch.testing.assert_close(flat(kernel), flat(expected), rtol=1e-5, atol=0)
-    torch.testing.assert_close(norm, expected_norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm, expected_norm, rtol=1e-5, atol=0)
 
 
 @needs_cpu_kernels

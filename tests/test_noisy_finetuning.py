@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from tiny_bert import make_tiny_bert
 
 from sama_experiments import noisy_finetuning
 from sama_experiments.data import load_reviews
@@ -22,15 +22,7 @@ TINY = ["--limit", "200", "--clean", "20", "--steps", "6", "--clean-steps", "4",
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "film", "is", "good", "bad", "movie"]
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(words) + "\n")
-    BertTokenizer(str(vocabulary)).save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **shape)).save_pretrained(folder)
-    return folder
+    return make_tiny_bert(tmp_path_factory.mktemp("tiny_bert"), dropout=0.1)
 
 
 def run(model_folder, out, *more: str) -> dict:

@@ -62,7 +62,7 @@ def test_values(bits: int, dtype: torch.dtype, grads: torch.dtype, block_size: i
     assert_as_good(flat(kernel), flat(plain), right)
     if dtype in (F32, F64):  # the norm is that of the values as they were computed, before they are rounded for storage
         torch.testing.assert_close(norm, flat(kernel).double().square().sum(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(norm, plain_norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm, plain_norm, rtol=1e-5, atol=0)  # one cell may be most of it, and be some ulps off
     torch.testing.assert_close(norm, right.square().nansum(), rtol=1e-4, atol=0)
 
 
@@ -96,7 +96,7 @@ def test_extreme_values(dtype: torch.dtype, spread: str, t: int) -> None:
         setattr(case, spread, [x.abs() if spread == "exp_avg_sq_scales" else x])
         ((kernel,), norm), ((plain,), plain_norm) = case.run("cpu"), case.run("reference")
         assert_close(kernel, plain)
-        torch.testing.assert_close(norm, plain_norm, rtol=1e-6, atol=0, equal_nan=True)
+        torch.testing.assert_close(norm, plain_norm, rtol=1e-5, atol=0, equal_nan=True)
         bad = values.isnan() if t == 2 or not spread.endswith("scales") else torch.zeros(len(values), dtype=torch.bool)
         assert kernel[bad].isnan().all()
 

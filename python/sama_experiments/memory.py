@@ -16,7 +16,7 @@ CUDA_MEASURE = "torch.cuda.max_memory_allocated, less what was allocated before"
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """The profiler writes lines about itself to the process's stderr, whatever its log level."""
     sys.stderr.flush()
     saved = os.dup(2)
@@ -45,7 +45,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, s
         return torch.cuda.max_memory_allocated(device) - before, CUDA_MEASURE
     gc.collect()  # else what an earlier call left in reference cycles is freed, and subtracted, in this one
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with _quiet_stderr(), profile:
+    with quiet_stderr(), profile:
         work()
     records: Any = profile.profiler and profile.profiler.kineto_results
     events = [e for e in records.events() if e.name() == "[memory]"]

@@ -69,6 +69,7 @@ class Settings:
     meta_start: int = 20
     unroll: int = 2
     alpha: float = 0.15
+    sync: str = "full"
     update_base: bool = True
     clean_in_base: bool = False
     clean_labels: int | None = 200

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from . import figure, report
+from . import figure, processes, report
 from .data import WeakDataset, load_reviews, load_wrench
 from .encoder import PretrainedEncoder, default_model_folder
 from .errors import ExperimentError
@@ -61,7 +61,7 @@ def choose_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ExperimentError("--device cuda: PyTorch sees no GPU here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return processes.gpu() if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 def run_experiment(options: Options, console: Console) -> None:
@@ -78,7 +78,7 @@ def run_experiment(options: Options, console: Console) -> None:
     dataset = load_data(options)
     methods = [METHODS[key] for key in options.methods]
     columns = (TextColumn("{task.description:<55}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as bars:
         progress = ProgressBars(bars, len(methods) * len(options.seeds))
         experiment = Experiment(dataset, encoder, options.settings, options.score_on, progress)
         runs = []
@@ -89,7 +89,9 @@ def run_experiment(options: Options, console: Console) -> None:
                 bars.print(f"{method.title}, seed {seed}: {100 * runs[-1].accuracy:.2f} % in {runs[-1].seconds:.0f} s")
         memory = {method.key: experiment.memory(method, options.seeds[0]) for method in methods}
         probe = [experiment.linear_probe(seed) for seed in options.seeds]
-    results = report.Results(dataset, options, runs, memory, probe)
+    if processes.rank() > 0:
+        return
+    results = report.Results(dataset, options, runs, memory, probe, processes.world())
     report.print_table(console, results)
     seconds = time.perf_counter() - started
     table_file, picture = out / "noisy_finetuning.json", out / "noisy_finetuning.png"
@@ -100,12 +102,14 @@ def run_experiment(options: Options, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    options = parse(arguments)
-    try:
-        run_experiment(options, Console())
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with processes.joined() as report_error:
+        with processes.first_speaks():
+            options = parse(arguments)
+        try:
+            run_experiment(options, Console(quiet=processes.rank() > 0))
+        except ExperimentError as error:
+            report_error(f"error: {error}")
+            return 2
     return 0
 
 

@@ -233,6 +233,14 @@ def _parser() -> argparse.ArgumentParser:
         help="size of the perturbation, see below (default: %(default)s)",
     )
     add(
+        "--sync",
+        choices=("final", "full"),
+        default=d.sync,
+        help="what several processes average in a meta step: the meta gradient alone, each perturbing along its own v "
+        "(final, the paper's; needs --no-update-base), or v too, which makes it that of one process (full) "
+        "(default: %(default)s)",
+    )
+    add(
         "--update-base",
         action=argparse.BooleanOptionalAction,
         default=d.update_base,

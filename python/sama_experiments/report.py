@@ -33,6 +33,7 @@ class Results:
     runs: list[Run]
     memory: dict[str, MemoryUse]
     linear_probe: list[float]
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,13 @@ def print_table(console: Console, results: Results) -> None:
     probe = f"{100 * statistics.mean(results.linear_probe):.2f} ± {100 * _spread(results.linear_probe):.2f} %"
     measure = next(iter(results.memory.values())).measure
     voters = ", ".join(dataset.voters) if len(dataset.voters) <= 5 else f"{len(dataset.voters)} labelling functions"
+    if results.processes > 1:
+        console.print(
+            f"{results.processes} processes: throughput counts the batch samples of all of them, peak memory is "
+            "that of the one that holds the most.",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(
         f"The weak labels (majority of {voters}) cover {100 * coverage:.1f} % of the training texts and are right for "
         f"{100 * right:.1f} % of those.\n"
@@ -151,6 +159,7 @@ def write_json(path: Path, results: Results, seconds: float) -> None:
     right, coverage = dataset.weak_label_quality()
     content = {
         "options": asdict(results.options),
+        "processes": results.processes,
         "data": {
             "name": dataset.name,
             "classes": dataset.classes,

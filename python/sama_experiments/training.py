@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sama_kernels as sk
 
+from . import processes
 from .encoder import EncodedTexts, TextClassifier
 from .errors import ExperimentError
 from .meta_learners import ExampleEvidence, LabelCorrector, WeightNet
@@ -75,7 +76,10 @@ def shuffled_batches(index: Tensor, lengths: Tensor, size: int, generator: torch
 
 
 class Trainer:
-    """A fresh classifier (and meta learners) and everything that one training step needs."""
+    """A fresh classifier (and meta learners) and everything that one training step needs.
+
+    With several processes each takes its part of every batch; base and meta gradients are those of the whole batch.
+    """
 
     def __init__(self, task: Task, method: Method, settings: Settings, seed: int) -> None:
         torch.manual_seed(seed)
@@ -91,6 +95,7 @@ class Trainer:
         self.step_count = 0
         self.degenerate: list[Tensor] = []
         self.model = task.new_classifier().train()
+        self.averaged_model = processes.averaging(self.model)
         self._begin_stage(self.weak_steps or self.steps)
         self.learners: MetaLearners | None = None
         if method.meta:
@@ -109,6 +114,7 @@ class Trainer:
         self.weak_batches = shuffled_batches(weak_rows, task.train.lengths, settings.batch_size, draws[0])
         self.clean_batches = shuffled_batches(task.clean_index, task.clean.lengths, clean_size, draws[1])
         self.meta_batches = shuffled_batches(task.clean_index, task.clean.lengths, settings.meta_batch_size, draws[2])
+        processes.own_random_numbers(seed)
 
     def step(self) -> None:
         """One base step and, where the schedule says so, one meta step."""
@@ -119,15 +125,17 @@ class Trainer:
         on_weak = method.weak and (self.step_count <= self.weak_steps or not method.then_clean)
         self.optimizer.zero_grad()
         if on_weak:
-            weak_loss = self._weak_loss(next(self.weak_batches))
-            torch.autograd.backward(weak_loss())
+            rows, weak_share = processes.my_part(next(self.weak_batches))
+            weak_loss = self._weak_loss(rows)
+            torch.autograd.backward(weak_share * weak_loss())
         if self.clean_in_base or not on_weak:
             weight = settings.clean_weight if on_weak else 1.0
-            torch.autograd.backward(weight * self._clean_loss(next(self.clean_batches)))
+            rows, share = processes.my_part(next(self.clean_batches))
+            torch.autograd.backward(weight * share * self._clean_loss(rows))
         self.optimizer.step()
         meta_due = on_weak and self.step_count > settings.meta_start and self.step_count % settings.unroll == 0
         if self.learners is not None and method.adaptation is not None and meta_due:
-            self._meta_step(self.learners, method.adaptation, weak_loss, next(self.meta_batches))
+            self._meta_step(self.learners, method.adaptation, weak_loss, weak_share, next(self.meta_batches))
         self.scheduler.step()
 
     def _begin_stage(self, steps: int) -> None:
@@ -148,7 +156,7 @@ class Trainer:
 
         @sk.recorded  # keeps the held losses of the base step, which saves the meta step a forward pass
         def weak_loss() -> Tensor:
-            logits = self.model(self.task.train.batch(rows))
+            logits = self.averaged_model(self.task.train.batch(rows))
             if self.learners is None:
                 return F.cross_entropy(logits, self.task.evidence.weak_targets[rows])
             losses, weights, _ = self.learners(logits, rows)
@@ -158,12 +166,13 @@ class Trainer:
         return weak_loss
 
     def _clean_loss(self, rows: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(self.task.clean.batch(rows)), self.task.clean_labels[rows])
+        return F.cross_entropy(self.averaged_model(self.task.clean.batch(rows)), self.task.clean_labels[rows])
 
     def _meta_step(
-        self, learners: MetaLearners, adaptation: str, weak_loss: Callable[[], Tensor], rows: Tensor
+        self, learners: MetaLearners, adaptation: str, weak_loss: Callable[[], Tensor], weak_share: float, batch: Tensor
     ) -> None:
-        """Move the meta learners so that the base step just made would have lowered the loss on the clean ``rows``."""
+        """Move the meta learners so that the base step just made would have lowered the loss on the clean ``batch``."""
+        rows, share = processes.my_part(batch)
         self.meta_optimizer.zero_grad()
         # The clean term of the base loss does not read the meta parameters: it is part of the base gradient, which is
         # still in .grad, but the perturbed passes can leave it out.
@@ -175,6 +184,8 @@ class Trainer:
             optimizer=self.optimizer,
             alpha=self.settings.alpha,
             adaptation=adaptation,
+            sync=self.settings.sync,
+            weight=(weak_share, share),
             # Where a stage on the clean labels follows, it does that job better (validation: 76.6 % against 75.7 %).
             update_base=self.settings.update_base and not self.method.then_clean,
         )

@@ -138,7 +138,11 @@ def _bitsandbytes_moment(state: dict[str, Any], which: int) -> Moment:
     codes: Tensor = state[f"state{which}"]
     if codes.dtype != torch.uint8:
         return codes
-    return Stored(codes.contiguous(), state[f"absmax{which}"], state[f"qmap{which}"], block_size=256)
+    if not codes.is_contiguous():
+        _refuse(
+            "bitsandbytes' blocks of a parameter that is not row-major", "they follow its memory", "use contiguous()"
+        )
+    return Stored(codes, state[f"absmax{which}"], state[f"qmap{which}"], block_size=256)
 
 
 FAMILIES: dict[str, Family] = {

@@ -80,4 +80,6 @@ class Alone:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        # `adapt`, the form and the reductions refer to one another, and hold gradients and buckets of theta's size.
+        # They are to go now, not when Python next looks for cycles: a small transformer had five sets of them by then.
+        vars(self).clear()

@@ -166,6 +166,13 @@ class Exchange(Alone):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self._tell(error)
+        finally:
+            super().__exit__(kind, error, trace)
+
+    def _tell(self, error: BaseException | None) -> None:
+        """The other ranks that this one has failed, if they do not know."""
         broken = self._meta.broken or self._direct.broken
         if not isinstance(error, Exception) or self._status.reported or broken or self._hangs:
             return
