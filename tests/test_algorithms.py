@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from parallel import Divided
 from problems import OPTIMIZERS, after_steps, flat, meta_grad, relative_error, same_bits, snapshot, weight_net
+from ranks import run_ranks
 from torch import Tensor, nn
 
 import sama_kernels as sk
 from sama_kernels import adaptation as adaptations
-from sama_kernels.algorithms import T1T2, ConjugateGradient, Neumann, Nystrom, Truncated
+from sama_kernels.algorithms import T1T2, ConjugateGradient, Iterative, Neumann, Nystrom, Truncated
 
 N, M = 7, 3
 ONE = torch.eye(N, dtype=torch.float64)
@@ -268,3 +270,20 @@ def test_fused_attention_is_explained() -> None:
             base_loss, lambda: q.square().mean(), base_params=net, meta_params=[lam], optimizer=None,
             adaptation="none", algorithm="conjugate_gradient",
         )  # fmt: skip
+
+
+def _on_ranks(rank: int, world: int, algorithm: Any, sync: str) -> Tensor:
+    problem = Divided(rank, world)
+    problem.explicit = True
+    optimizer = problem.optimizer(0)
+    problem.train(optimizer)
+    return flat(problem.meta_grad(optimizer, algorithm=algorithm, sync=sync).grads)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [T1T2(adapt=True), ConjugateGradient(iterations=2, damping=1.0), Iterative(steps=2)]
+)
+def test_several_processes_average_what_each_has_alone(algorithm: Any) -> None:
+    expected = sum(_on_ranks(rank, 2, algorithm, "none") for rank in range(2)) / 2
+    for got in run_ranks(2, _on_ranks, algorithm, "final"):
+        assert relative_error(got, expected) < 1e-12

@@ -165,7 +165,7 @@ def test_signature_is_the_documented_one() -> None:
     expected = ["base_loss", "meta_loss", "base_params", "meta_params", "optimizer"]
     expected += ["alpha", "adaptation", "update_base", "sync", "group", "backend", "hold", "rounding", "seed"]
     expected += ["difference", "clip_coef", "clip_rank_one", "clip_value", "grad_scaler", "master_params"]
-    expected += ["weight", "bucket_mib", "comm_hook"]
+    expected += ["weight", "bucket_mib", "comm_hook", "algorithm"]
     defaults = {
         "alpha": 1.0,
         "adaptation": "paper",
@@ -185,6 +185,7 @@ def test_signature_is_the_documented_one() -> None:
         "weight": None,
         "bucket_mib": 25.0,
         "comm_hook": None,
+        "algorithm": "sama",
     }
     for function in (sk.meta_grad, sk.meta_backward, sk.sama_loss, sk.diagnose):
         parameters = inspect.signature(function).parameters
