@@ -108,7 +108,7 @@ SYNC_COLOURS = {
 }  # fmt: skip
 
 
-def measured_scaling(rows: list[Row], path: Path) -> None:
+def measured_scaling(rows: list[Row], path: Path, disturbed: bool) -> None:
     """What `bench.scaling` has measured, a row of panels per kind of lambda: time, bytes sent, what of it is hidden."""
     lambdas = list(dict.fromkeys(row["lambda"] for row in rows))
     figure, panels = plt.subplots(len(lambdas), 3, figsize=(16, 4 * len(lambdas)), squeeze=False, layout="constrained")
@@ -126,7 +126,8 @@ def measured_scaling(rows: list[Row], path: Path) -> None:
     )
     trial = ", --quick: a trial" if first["quick"] else ""
     over = ". ⚠ more processes than CPUs: not scaling" * any(row["oversubscribed"] for row in rows)
-    figure.suptitle(f"{where}, commit {about['commit']}{trial}{over}", fontsize=10)
+    others = ". Other programs ran: the times are disturbed" * disturbed
+    figure.suptitle(f"{where}, commit {about['commit']}{trial}{over}{others}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -147,4 +148,4 @@ def grouped(axes: Axes, rows: list[Row], key: str, title: str, factor: float) ->
     names = [f"{n}×{t} thr{' ⚠' * over}\n{mode}" for n, t, mode, over in groups]
     axes.set_xticks(range(len(groups)), names, fontsize=8)
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left")

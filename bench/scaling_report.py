@@ -15,6 +15,7 @@ from bench.model_steps import LABEL
 from bench.report import ReportError, milliseconds, processor, read, write_between_markers
 
 BEGIN, END = "<!-- bench:scaling -->", "<!-- /bench:scaling -->"
+BUSY = 0.5  # load per CPU before the run
 Row = dict[str, Any]
 LAMBDAS = {
     "small": "λ of {:,} elements (a Meta-Weight-Net), replicated",
@@ -28,6 +29,12 @@ NAMES = [
 
 def steps_of(records: list[Row]) -> list[Row]:
     return [row for row in records if row["kind"] == "step"]
+
+
+def disturbed(records: list[Row]) -> bool:
+    """Whether other programs kept the CPUs busy before the run."""
+    about = records[0]["machine"]
+    return bool(about["load"] > BUSY * about["cpus"])
 
 
 def heading(records: list[Row]) -> str:
@@ -46,6 +53,8 @@ def heading(records: list[Row]) -> str:
         f"**Measured.** {', '.join(parts)}. BERT ({first['model']}), θ of {first['theta_elements']:,} elements, fp32;"
         f" {batch}, of {first['tokens']} tokens; buckets of {first['bucket_mib']} MiB. Repeat with `{command}`."
     )
+    if disturbed(records):
+        text += " **Other programs ran on this machine: the times are disturbed.**"
     if first["quick"]:
         text += " **--quick: a trial, not a result.**"
     return text + warning(records)
@@ -129,7 +138,8 @@ def report(path: Path, plot: bool, page: Path | None) -> None:
     if plot:
         from bench import plots
 
-        plots.measured_scaling(steps_of(read(path)), path.with_suffix(".png"))
+        records = read(path)
+        plots.measured_scaling(steps_of(records), path.with_suffix(".png"), disturbed(records))
     if page is not None:
         write_between_markers(page, text, BEGIN, END)
 

@@ -93,6 +93,7 @@ class Perturbation:
                 # The same bits as before: a graph of the caller's that saved theta may still be used.
                 torch._C._autograd._unsafe_set_version_counter(tuple(self.params), self._versions)
         sharded.reshard(self._fsdp)
+        sharded.forget_forward_passes(self._fsdp)
 
     def plus(self, epsilon: Tensor, rounding: int, seed: int) -> Tensor | None:
         """theta -> theta+ = theta + epsilon v.

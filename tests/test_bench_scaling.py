@@ -299,6 +299,17 @@ def test_oversubscribed_processes_are_marked() -> None:
     assert "not scaling" in scaling_report.warning([row])
 
 
+@pytest.mark.parametrize(("load", "said"), [(0.9, False), (1.1, True)])
+def test_a_disturbed_run_is_marked(load: float, said: bool) -> None:
+    assert scaling_report.disturbed([{"machine": {"load": load, "cpus": 2}}]) == said
+
+
+def test_what_is_kept_is_what_the_page_says() -> None:
+    kept = ROOT / "bench" / "results" / "scaling_cpu.jsonl"
+    page = (ROOT / "docs" / "scaling_model.md").read_text()
+    assert f"{scaling_report.BEGIN}\n{scaling_report.markdown(kept)}\n{scaling_report.END}" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

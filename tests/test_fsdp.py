@@ -160,3 +160,34 @@ def test_a_training_is_that_of_one_process(world: int, name: str) -> None:
         for key in ("theta", "lam", "losses", "epsilon"):
             assert relative_error(rank[name][key], alone[key]) < 1e-9, key
             assert torch.equal(rank[name][key], results(world, name in MESHES)[0][name][key])
+
+
+def _gathers(rank: int, world: int) -> list[list[int]]:
+    """What FSDP gathers in base steps before and after a meta step."""
+    problem = Divided(rank, world)
+    for layer in (problem.net[0], problem.net[2], problem.net):
+        fully_shard(layer)
+    optimizer = problem.optimizer(0)
+    gathered: list[int] = []
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(torch.distributed, name)  # the first since torch 2.13
+
+    def counted(output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        gathered.append(output.numel())
+        return gather(output, *args, **kwargs)
+
+    setattr(torch.distributed, name, counted)
+    steps = []
+    for step in range(5):
+        gathered.clear()
+        problem.base_loss().backward()
+        optimizer.step()
+        steps.append(list(gathered))
+        if step == 2:
+            problem.meta_grad(optimizer)
+    return steps
+
+
+def test_the_base_step_after_a_meta_step_gathers_what_others_do() -> None:
+    for _, *steps in run_ranks(2, _gathers):
+        assert steps[0] and steps == [steps[0]] * 4

@@ -113,7 +113,7 @@ def my_part(batch: Tensor) -> tuple[Tensor, float]:
 
 def averaging(model: nn.Module) -> nn.Module:
     """``model`` with gradients averaged over the processes in each backward pass; itself where there is one process."""
-    return DistributedDataParallel(model) if world() > 1 else model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world() > 1 else model
 
 
 def sum_in_place(values: Tensor) -> None:

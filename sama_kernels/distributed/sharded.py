@@ -125,6 +125,17 @@ def reshard(modules: Iterable[Any]) -> None:
         module.reshard()
 
 
+def forget_forward_passes(modules: Iterable[Any]) -> None:
+    """FSDP notes the order of its modules for prefetching in the backward pass, which clears it. After perturbed
+    passes, which have none, the next backward pass would go by their order (torch 2.13: it gathers one layer twice)."""
+    for module in modules:
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11: at most one
+        for group in groups if groups is not None else filter(None, [state._fsdp_param_group]):
+            group.comm_ctx.post_forward_order.clear()
+            group._post_forward_indices.clear()
+
+
 def gradients(loss: Tensor, inputs: Sequence[Tensor], owned: dict[int, Tensor]) -> list[Tensor | None]:
     """Like `torch.autograd.grad`, None where `loss` does not read an input; of a DTensor this rank's part.
 
