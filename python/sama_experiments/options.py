@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,26 +74,28 @@ def parse(arguments: list[str] | None = None) -> Options:
     return Options(**others, settings=settings)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An integer >= 1, as a type for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
 
 
-def _positive_float(text: str) -> float:
+def positive_float(text: str) -> float:
+    """A finite number above 0, as a type for argparse."""
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and finite")
     return value
 
 
 def _layers(text: str) -> int | None:
-    return None if text == "all" else _positive(text)
+    return None if text == "all" else positive(text)
 
 
 def _labels(text: str) -> int | None:
-    return None if text == "all" else _positive(text)
+    return None if text == "all" else positive(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a data set in WRENCH format (default: the movie reviews that come with the package)",
     )
-    add("--limit", type=_positive, metavar="N", help="use only N movie reviews (for a quick trial)")
+    add("--limit", type=positive, metavar="N", help="use only N movie reviews (for a quick trial)")
     add(
         "--model",
         metavar="FOLDER",
@@ -126,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N|all",
         help="train the N upper layers over cached lower ones, or all layers and the embeddings (default: 2)",
     )
-    add("--max-tokens", type=_positive, default=40, metavar="N", help="cut texts to N tokens (default: 40)")
+    add("--max-tokens", type=positive, default=40, metavar="N", help="cut texts to N tokens (default: 40)")
     add("--pooling", choices=("mean", "cls"), default=d.pooling, help="what the classifier sees (default: %(default)s)")
     add(
         "--clean",
@@ -166,18 +169,18 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("base training")
     add = group.add_argument
-    add("--steps", type=_positive, default=d.steps, help="base steps (default: %(default)s)")
+    add("--steps", type=positive, default=d.steps, help="base steps (default: %(default)s)")
     add(
         "--clean-steps",
-        type=_positive,
+        type=positive,
         default=d.clean_steps,
         help="steps of finetuning on the clean labels alone, which overfits early (default: %(default)s)",
     )
-    add("--batch", dest="batch_size", type=_positive, default=d.batch_size, help="(default: %(default)s)")
+    add("--batch", dest="batch_size", type=positive, default=d.batch_size, help="(default: %(default)s)")
     add(
         "--clean-batch",
         dest="clean_batch_size",
-        type=_positive,
+        type=positive,
         default=d.clean_batch_size,
         metavar="N",
         help="clean samples beside each weak batch where the base loss holds both (default: %(default)s)",
@@ -190,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--clean-weight",
-        type=_positive_float,
+        type=positive_float,
         default=d.clean_weight,
         metavar="W",
         help="factor of their loss (default: %(default)s)",
@@ -198,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lr",
         dest="base_lr",
-        type=_positive_float,
+        type=positive_float,
         default=d.base_lr,
         help="Adam, cosine schedule (default: %(default)s)",
     )
@@ -214,10 +217,8 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("meta learning")
     add = group.add_argument
-    add("--meta-lr", type=_positive_float, default=d.meta_lr, help="Adam (default: %(default)s)")
-    add(
-        "--meta-batch", dest="meta_batch_size", type=_positive, default=d.meta_batch_size, help="(default: %(default)s)"
-    )
+    add("--meta-lr", type=positive_float, default=d.meta_lr, help="Adam (default: %(default)s)")
+    add("--meta-batch", dest="meta_batch_size", type=positive, default=d.meta_batch_size, help="(default: %(default)s)")
     add(
         "--meta-start",
         type=int,
@@ -225,10 +226,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="base steps before the first meta step (default: %(default)s)",
     )
-    add("--unroll", type=_positive, default=d.unroll, help="base steps per meta step (default: %(default)s)")
+    add("--unroll", type=positive, default=d.unroll, help="base steps per meta step (default: %(default)s)")
     add(
         "--alpha",
-        type=_positive_float,
+        type=positive_float,
         default=d.alpha,
         help="size of the perturbation, see below (default: %(default)s)",
     )
@@ -248,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--meta-hidden",
-        type=_positive,
+        type=positive,
         default=d.meta_hidden,
         help="hidden units of the meta learners (default: %(default)s)",
     )
