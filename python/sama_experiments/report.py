@@ -100,7 +100,8 @@ def print_table(console: Console, results: Results) -> None:
     if results.processes > 1:
         console.print(
             f"{results.processes} processes: throughput counts the batch samples of all of them, peak memory is "
-            "that of the one that holds the most.",
+            "that of the one that holds the most (gloo's threads keep what they sent last: up to a copy of the trained "
+            "parameters more, by chance).",
             soft_wrap=True,
             highlight=False,
         )
