@@ -215,9 +215,19 @@ CASES: dict[str, tuple[Callable[[Setting], dict[str, Any]], type[Exception], str
     "backend": (lambda s: {"backend": "gpu"}, ValueError, r"backend: 'gpu' is none of"),
     "cuda": (lambda s: {"backend": "cuda"}, RuntimeError, r"backend: 'cuda' cannot be used: .*\"auto\""),
     "triton": (lambda s: {"backend": "triton"}, RuntimeError, r"backend: 'triton' cannot be used"),
+    "DeepSpeed": (
+        lambda s: {"optimizer": deepspeed_optimizer()},
+        TypeError,
+        r"DeepSpeed is not supported.*fully_shard",
+    ),
     "sparse embedding": (sparse_embedding, TypeError, r"base_params: tensor 0 gets a sparse gradient.*sparse=False"),
     "sparse meta embedding": (sparse_meta, TypeError, r"meta_params: tensor 0 gets a sparse gradient"),
 }
+
+
+def deepspeed_optimizer() -> Any:
+    """Something of DeepSpeed's types, which are no torch optimizers."""
+    return type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
 
 
 @pytest.mark.parametrize("case", CASES)
