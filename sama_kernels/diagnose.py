@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
 from sama_kernels import checks
+from sama_kernels.algorithms import Sama, SamaNA
+from sama_kernels.algorithms.options import resolve
 from sama_kernels.detach_watch import DetachWatch
 from sama_kernels.diagnosis import Diagnosis, degenerate, judge
 from sama_kernels.guards import Interrupts
@@ -33,7 +35,8 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
     """Compare the meta gradient of this batch with an exact one, and say in words and numbers what is the matter.
 
     Call it in place of `meta_grad` (after a base step, while `.grad` is still there), with the same arguments;
-    `difference` and `update_base` are ignored. ``print(sk.diagnose(...))``.
+    `difference` and `update_base` are ignored. Of several processes it looks at the batch of this one alone.
+    ``print(sk.diagnose(...))``.
 
     The central difference at alpha, alpha/2 and a ladder of others is compared with the exact derivative in forward
     mode; by double backward where an operator has no forward mode; where neither is possible, with an extrapolation of
@@ -43,11 +46,17 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
         `Diagnosis`. Slow (10 to 30 meta steps), with memory for four more copies of theta (more with double backward),
         and it waits for the device. Everything is left as `meta_grad` leaves it, bit for bit.
     Raises:
-        What `meta_grad` raises.
+        ValueError: `algorithm` is not SAMA. What `meta_grad` raises.
     """
     arguments = inspect.signature(meta_grad).bind(*args, **kwargs).arguments
     for name in ("difference", "update_base"):
         arguments.pop(name, None)
+    arguments["sync"] = "none"
+    algorithm = resolve(arguments.get("algorithm", "sama"))
+    if not isinstance(algorithm, Sama | SamaNA):
+        raise ValueError(
+            f"algorithm: diagnose is about SAMA's difference, which {type(algorithm).__name__} does not make"
+        )
     for name in ("base_params", "meta_params", "master_params"):
         arguments[name] = checks.reusable(arguments.get(name))
     # Forward mode needs eager code, and compiled code may draw other dropout masks.

@@ -287,3 +287,12 @@ def test_several_processes_average_what_each_has_alone(algorithm: Any) -> None:
     expected = sum(_on_ranks(rank, 2, algorithm, "none") for rank in range(2)) / 2
     for got in run_ranks(2, _on_ranks, algorithm, "final"):
         assert relative_error(got, expected) < 1e-12
+
+
+def test_diagnose_is_for_sama() -> None:
+    problem = weight_net(0)
+    optimizer = after_steps(problem, 0)
+    arguments = {"base_params": problem.net, "meta_params": problem.weigher, "optimizer": optimizer}
+    with pytest.raises(ValueError, match="algorithm: diagnose is about SAMA's difference"):
+        sk.diagnose(problem.base_loss, problem.meta_loss, algorithm="neumann", **arguments)
+    sk.diagnose(problem.base_loss, problem.meta_loss, algorithm="sama_na", alpha=0.01, **arguments)
