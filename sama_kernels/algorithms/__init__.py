@@ -11,15 +11,19 @@ from sama_kernels.algorithms.options import (
     SamaNA,
     Truncated,
 )
+from sama_kernels.algorithms.penalty import BOME, F2SA, PenaltyStep
 from sama_kernels.algorithms.second_order import second_order
 
 __all__ = [
+    "BOME",
+    "F2SA",
     "T1T2",
     "Algorithm",
     "ConjugateGradient",
     "Iterative",
     "Neumann",
     "Nystrom",
+    "PenaltyStep",
     "Sama",
     "SamaNA",
     "Truncated",

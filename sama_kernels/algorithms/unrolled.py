@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels import held_values as holding
 from sama_kernels.algorithms.options import Iterative
+from sama_kernels.algorithms.substitution import places, substituted
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.types import Closure, Problem
 
@@ -49,7 +50,7 @@ class Unroll:
                 f"base_loss: {len(losses)} closures for {options.steps} steps; per_step=True wants one for each step"
             )
         self._gate = Gate()
-        self._places = _places(problem.reached, problem.base_params)
+        self._places = places(problem.reached, problem.base_params)
 
     def run(self) -> Unrolled:
         """All steps, the meta loss after them, and back."""
@@ -140,7 +141,7 @@ class Unroll:
 
     def _at(self, theta: Sequence[Tensor], losses: Sequence[Closure]) -> Tensor:
         """The sum of the losses with `theta` in the place of the base parameters."""
-        with _substituted(self._places, theta), self._interrupts.allowed():
+        with substituted(self._places, theta), self._interrupts.allowed():
             values = [loss().reshape(()) for loss in losses]
         return torch.stack(values).sum()
 
@@ -185,38 +186,6 @@ class _Held(torch.autograd.Function):
 
 
 _DIFFERENTIABLE = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
-
-Place = tuple[dict[str, Any], str, int]
-"""`_parameters` of a module, a name in it, and the row of the parameter."""
-
-
-def _places(modules: Sequence[nn.Module], params: Sequence[Tensor]) -> list[Place]:
-    row_of = {id(p): row for row, p in enumerate(params)}
-    places: list[Place] = [
-        (module._parameters, name, row_of[id(p)])
-        for module in modules
-        for name, p in module._parameters.items()
-        if id(p) in row_of
-    ]
-    missing = set(range(len(params))) - {row for *_, row in places}
-    if missing:
-        raise ValueError(
-            f"base_params: tensor {min(missing)} was found in no module, where Iterative has to exchange it; let the"
-            " closures reach its module through a variable, an attribute or an argument (of functools.partial)"
-        )
-    return places
-
-
-@contextmanager
-def _substituted(places: Sequence[Place], theta: Sequence[Tensor]) -> Iterator[None]:
-    before = [parameters[name] for parameters, name, _ in places]
-    try:
-        for parameters, name, row in places:
-            parameters[name] = theta[row]
-        yield
-    finally:
-        for (parameters, name, _), p in zip(places, before, strict=True):
-            parameters[name] = p
 
 
 def _copied(key: str, x: Any, dtype: torch.dtype) -> Any:
