@@ -19,9 +19,11 @@ check: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## kernels and the whole meta step: JSON and plots in bench/results/, tables on the terminal
+bench: $(READY)  ## kernels, the whole meta step, all algorithms: JSON and plots in bench/results/, tables on the terminal
 	$(BIN)/python -m bench.kernels --out bench/results
 	$(BIN)/python -m bench.meta_step --out bench/results
+	$(BIN)/python -m bench.algorithms --out bench/results
+	$(BIN)/python -m bench.algorithms --ladder --out bench/results
 	$(BIN)/python -m bench.report
 
 report: $(READY)  ## plots and README tables from what is in bench/results/

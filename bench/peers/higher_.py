@@ -1,0 +1,40 @@
+"""higher (Grefenstette et al., "Generalized inner loop meta-learning", 2019): reverse mode through the optimizer.
+
+Its Adam has epsilon inside the bias correction of older torch, so that the meta gradient is not quite the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.algorithm_cases import Case, Task, gradient
+from bench.measure import installed
+from sama_kernels.algorithms import Iterative
+
+PACKAGE, VERSION = "higher", "0.2.1"
+
+
+def cases(task: Task, terms: int, unrolls: Sequence[int]) -> list[Case]:
+    """Iterative differentiation, for each unroll length."""
+    source = f"{PACKAGE} {installed(PACKAGE)}"
+    return [
+        Case(
+            "iterative", source, f"innerloop_ctx, {steps} steps of DifferentiableAdam", partial(unrolled, task, steps),
+            steps, keeps_steps=True, peer_of=partial(gradient, task, Iterative(steps=steps)),
+        )
+        for steps in unrolls
+    ]  # fmt: skip
+
+
+def unrolled(task: Task, steps: int) -> Sequence[Tensor | None]:
+    """The optimizer's state goes in with it."""
+    import higher
+
+    with higher.innerloop_ctx(task.net, task.optimizer) as (net, optimizer):
+        for _ in range(steps):
+            optimizer.step(task.weighted(task.losses_of(net, 0)))
+        return torch.autograd.grad(task.losses_of(net, 1).mean(), tuple(task.weigher.parameters()))
