@@ -38,15 +38,15 @@ def markdown(rows: list[Row]) -> str:
         parts.append(table([row for row in figures if row["unroll"] == unroll]))
         if unroll == PAPER_UNROLL:
             parts.append(
-                "The paper's columns: BERT-base on one V100, other data, batch and tokens, with Betty; only ratios can"
-                " be compared, and those of SAMA hold for another attention. Its DARTS / T1-T2 is in the row `t1_t2`."
+                "The paper's columns: BERT-base on one V100, real texts, another batch, length and inner terms;"
+                " at most the ratios can be compared. Its DARTS / T1-T2 is in the row `t1_t2`."
             )
     if agreed := [row for row in rows if row["record"] == "agreement"]:
         parts.append("Meta gradients of the others against ours, on a toy BERT without dropout:")
         parts.append("\n".join(f"- {agreement(row)}" for row in agreed))
     parts.append("\n".join(f"- {line}" for line in rows[0]["missing_peers"]))
-    settings = {f"`{r['name']}` of {r['source']}": r["settings"] for r in figures if r["settings"]}
-    parts.append("Settings:\n\n" + "\n".join(f"- {key}: `{value}`" for key, value in settings.items()))
+    settings = dict.fromkeys((r["name"], r["source"], r["settings"]) for r in figures if r["settings"])
+    parts.append("Settings:\n\n" + "\n".join(f"- `{name}` of {source}: `{value}`" for name, source, value in settings))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -1,6 +1,7 @@
 """higher (Grefenstette et al., "Generalized inner loop meta-learning", 2019): reverse mode through the optimizer.
 
-Its Adam has epsilon inside the bias correction of older torch, so that the meta gradient is not quite the same.
+Its Adam, like that of older torch, adds epsilon before the bias correction of the denominator: with epsilon = 1e-8 its
+meta gradient is 2 % from ours on a toy BERT, with 1e-12 it is 3e-6.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def cases(task: Task, terms: int, unrolls: Sequence[int]) -> list[Case]:
     source = f"{PACKAGE} {installed(PACKAGE)}"
     return [
         Case(
-            "iterative", source, f"innerloop_ctx, {steps} steps of DifferentiableAdam", partial(unrolled, task, steps),
-            steps, keeps_steps=True, peer_of=partial(gradient, task, Iterative(steps=steps)),
+            "iterative", source, f"innerloop_ctx, DifferentiableAdam, {steps} step{'s' * (steps > 1)}",
+            partial(unrolled, task, steps), steps, keeps_steps=True,
+            peer_of=partial(gradient, task, Iterative(steps=steps)),
         )
         for steps in unrolls
     ]  # fmt: skip

@@ -28,7 +28,7 @@ def cases(task: Task, terms: int, unrolls: Sequence[int]) -> list[Case]:
     source = f"{PACKAGE} {installed(PACKAGE)}"
     found = [
         Case(
-            "iterative", source, f"{steps} steps of MetaAdam", partial(unrolled, task, steps), steps,
+            "iterative", source, f"MetaAdam, {steps} step{'s' * (steps > 1)}", partial(unrolled, task, steps), steps,
             keeps_steps=True, peer_of=partial(gradient, task, Iterative(steps=steps)),
         )
         for steps in unrolls
@@ -51,8 +51,8 @@ def unrolled(task: Task, steps: int) -> Sequence[Tensor | None]:
     """With the state of the task's Adam; afterwards the net has its own parameters again."""
     import torchopt
 
-    defaults = task.optimizer.defaults
-    optimizer = torchopt.MetaAdam(task.net, lr=defaults["lr"], betas=defaults["betas"], eps=defaults["eps"])
+    group = task.optimizer.param_groups[0]
+    optimizer = torchopt.MetaAdam(task.net, lr=group["lr"], betas=group["betas"], eps=group["eps"])
     containers = optimizer.param_containers_groups[0]
     before = [dict(container) for container in containers]
     optimizer.state_groups[0] = state_of(task, optimizer, containers)
