@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--terms", type=int, default=5, help="products with the Hessian of those that make any")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=90, help="no round begins later, once there are two")
+    parser.add_argument("--seconds", type=float, default=60, help="no round begins later, once there are two")
     parser.add_argument("--ladder", action="store_true", help="memory against the size of the model, nothing else")
     parser.add_argument("--quick", action="store_true", help="sizes that take seconds, to see that it runs")
     parser.add_argument("--out", type=Path, help="folder for algorithms_<model>_<batch>x<tokens>_<device>.*, ladder_*")

@@ -12,7 +12,7 @@ from bench.algorithm_cases import ATTENTION, Task, ours
 from sama_experiments.memory import peak_bytes
 
 Row = dict[str, Any]
-SIZES = ((128, 2), (256, 4), (512, 6), (768, 12))  # width and layers; the last one is RoBERTa-base
+SIZES = ((64, 2), (128, 2), (256, 4), (384, 4))  # width and layers: 3 to 27 million parameters; base is (768, 12)
 QUICK = ((32, 1), (64, 2))
 VOCABULARY = {False: 50265, True: 500}
 PLAIN = "plain finetuning"
