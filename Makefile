@@ -19,10 +19,12 @@ check: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## kernels, the whole meta step, several processes: JSON, plots in bench/results/, tables on the terminal
+bench: $(READY)  ## kernels, the meta step, several processes, all algorithms: JSON, plots in bench/results/, tables on the terminal
 	$(BIN)/python -m bench.kernels --out bench/results
 	$(BIN)/python -m bench.meta_step --out bench/results
 	$(BIN)/python -m bench.scaling --out bench/results
+	$(BIN)/python -m bench.algorithms --out bench/results
+	$(BIN)/python -m bench.algorithms --ladder --out bench/results
 	$(BIN)/python -m bench.report
 
 report: $(READY)  ## plots and tables of README and docs from what is in bench/results/

@@ -1,4 +1,5 @@
-"""The plots of `bench.report`: bars per op and contender, a row of panels per list and dtype; and of `bench.model`."""
+"""The plots of `bench.report`: bars per op and contender, a row of panels per list and dtype; those of `bench.model`
+and `bench.algorithms`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, or there
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 Row = dict[str, Any]
@@ -149,3 +151,49 @@ def grouped(axes: Axes, rows: list[Row], key: str, title: str, factor: float) ->
     axes.set_xticks(range(len(groups)), names, fontsize=8)
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7, loc="upper left")
+
+
+def algorithms(rows: list[Row], path: Path) -> None:
+    """Throughput against memory, both as multiples of plain finetuning (paper, Figure 1); a panel per unroll length."""
+    figures = [row for row in rows if row["record"] == "algorithm"]
+    unrolls = list(dict.fromkeys(row["unroll"] for row in figures))
+    names = list(dict.fromkeys(row["name"] for row in figures))
+    markers = dict(zip(dict.fromkeys(row["source"] for row in figures), "*osDv^", strict=False))
+    figure, panels = plt.subplots(1, len(unrolls), figsize=(6.5 * len(unrolls), 5), squeeze=False, layout="constrained")
+    for unroll, axes in zip(unrolls, panels[0], strict=True):
+        for row in (row for row in figures if row["unroll"] == unroll):
+            median, low, high = row["throughput_of_plain"]
+            axes.errorbar(
+                row["memory_of_plain"], median, [[median - low], [high - median]], fmt=markers[row["source"]],
+                color=f"C{names.index(row['name']) % 10}", label=f"{row['name']} ({row['source']})",
+            )  # fmt: skip
+        axes.set_title(f"{unroll} base steps per meta step" if unroll > 1 else "1 base step per meta step")
+        axes.set_xlabel("peak memory, × finetuning")
+        axes.set_ylabel("throughput, × finetuning (median, p10 to p90)")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=6)
+    finish(figure, rows[0], path)
+
+
+def memory_ladder(rows: list[Row], path: Path) -> None:
+    """Peak memory against the number of parameters."""
+    figures = [row for row in rows if row["record"] == "ladder"]
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name in dict.fromkeys(row["name"] for row in figures):
+        chosen = [row for row in figures if row["name"] == name]
+        gigabytes = [row["live_bytes"] / 1e9 for row in chosen]
+        axes.plot([row["parameters"] / 1e6 for row in chosen], gigabytes, "o-", label=name)
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel("peak memory, GB")
+    axes.legend(fontsize=7)
+    finish(figure, rows[0], path)
+
+
+def finish(figure: Figure, about: Row, path: Path) -> None:
+    """Say where it was measured, and save."""
+    where = about["machine"]["gpu"] or f"{about['machine']['processor']}, {about['machine']['torch_threads']} threads"
+    disturbed = ", disturbed" if about["disturbed"] else ""
+    attention = f"{about['attention']} attention"
+    figure.suptitle(f"{where}, commit {about['machine']['commit']}, {attention}{disturbed}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

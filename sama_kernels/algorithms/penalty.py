@@ -100,7 +100,8 @@ class F2SA(_Penalty):
     z <- z - inner_lr dL_base(z)/dz, `inner_steps` times;
     theta <- theta - lr (dL_meta/dtheta + m dL_base(theta)/dtheta);
     gradient of lambda: dL_meta/dlambda + m (dL_base(theta)/dlambda - dL_base(z)/dlambda); m <- m + growth.
-    Its error is of order 1/m, once theta and z have settled: lambda must move by less than they do. Cost: (inner_steps + 3) * 3 F; memory beyond theta: 4 n.
+    Its error is of order 1/m, once theta and z have settled: lambda must move by less than they do.
+    Cost: (inner_steps + 3) * 3 F; memory beyond theta: 4 n.
 
     Arguments:
         base_params, meta_params: as in `meta_grad`; theta in modules that the closures reach.
