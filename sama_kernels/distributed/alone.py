@@ -51,6 +51,7 @@ class Alone:
     def adapted(self, d: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
         """v = D d, in memory that is nobody else's, and the parts of ||v||^2; `d` as autograd returned it."""
         v = own(d, self._params, {row for row, averaged in enumerate(self._averaged) if averaged})
+        d.clear()  # the caller of this one wants the only references
         return v, self.adapt(v)
 
     def begin_last_pass(self, first: Sequence[Tensor | None], form: Form) -> None:

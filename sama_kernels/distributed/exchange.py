@@ -103,7 +103,10 @@ class Exchange(Alone):
             rest = [self._direct.view(row) if row in self._direct.rows else x for row, x in enumerate(d)]
         if any(x is not None for x in rest):
             self._norm_sqs += self.adapt(rest)
-        return [x if done is None else done for x, done in zip(rest, self._v, strict=True)], self._norm_sqs
+        v = [x if done is None else done for x, done in zip(rest, self._v, strict=True)]
+        d.clear()
+        self._v = []
+        return v, self._norm_sqs
 
     def begin_last_pass(self, first: Sequence[Tensor | None], form: Form) -> None:
         """The gradients of the pass before the last one go into the buckets."""
