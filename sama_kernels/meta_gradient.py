@@ -81,7 +81,7 @@ def meta_grad(
             batch. "none": nothing. With update_base "final" does the same as "full", as theta has to stay the same on
             all ranks. Without an initialised process group, or with one process, it has no effect.
         group: a process group of torch.distributed; None: all ranks.
-        backend: "auto", "reference" or "cpu"; an unavailable one is an error, never replaced.
+        backend: "auto", "cpu", "cuda", "triton" or "reference"; an unavailable one is an error, never replaced.
         hold: where `stop_gradient` gets the values at theta: "auto": from the last ordinary call of a `@recorded`
             base_loss, else as with "center": from one more evaluation at theta without a graph.
         rounding: of theta + epsilon v to bfloat16 and float16 parameters: "nearest", or "stochastic", which makes the

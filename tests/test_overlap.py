@@ -107,7 +107,7 @@ def _without_waiting(rank: int, world: int, device: str) -> None:
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         for sync in ("final", "full"):
-            problem.meta_grad(optimizer, sync=sync, group=dist.group.WORLD, hold="center")
+            problem.meta_grad(optimizer, sync=sync, group=dist.group.WORLD, hold="center", weight=(3.0, 2.0))
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("default")
 

@@ -80,8 +80,7 @@ class _Penalty:
 
     def _move(self, theta_direction: Sequence[Tensor], lam_gradient: Sequence[Tensor], lr: float) -> None:
         with torch.no_grad():
-            for p, x in zip(self._theta, theta_direction, strict=True):
-                p.sub_(lr * x)
+            torch._foreach_add_(self._theta, list(theta_direction), alpha=-lr)
         torch.autograd.backward(self._lam, list(lam_gradient))
 
 
@@ -141,7 +140,7 @@ class F2SA(_Penalty):
         )
         self.z = [x.detach() for x in z]
         self.multiplier = m + self._growth
-        return PenaltyStep(outer.loss, here.loss, there.loss, torch.as_tensor(m, device=outer.loss.device))
+        return PenaltyStep(outer.loss, here.loss, there.loss, torch.full_like(outer.loss, m))
 
     def state_dict(self) -> dict[str, Any]:
         """z and the multiplier."""

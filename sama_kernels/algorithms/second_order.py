@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from sama_kernels.algorithms.implicit import solve
 from sama_kernels.algorithms.options import Algorithm, Iterative
 from sama_kernels.algorithms.unrolled import Unroll
 from sama_kernels.direction import adaptation_of
-from sama_kernels.distributed import Alone, quiet, ranks_of
+from sama_kernels.distributed import Adapt, Alone, quiet, ranks_of
 from sama_kernels.distributed.sharded import is_sharded
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.passes import buffer_guard, direct_gradient
@@ -47,7 +48,8 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
             rng.restore()
             buffers.restore()
             g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, interrupts)
-            w = solve(algorithm, g, d, lambda x: _adapted(problem, x))
+            adaptation = cache(lambda: adaptation_of(problem))  # not all of them ask for it, or have an optimizer
+            w = solve(algorithm, g, d, lambda x: _adapted(adaptation(), x))
             grads, explicit = g.mixed_product(w), meta.explicit
             meta_loss, base_loss, norm = meta.loss, g.loss, dot(w, w).sqrt()
         return _result(problem, ranks, grads, explicit, meta_loss, base_loss, norm)
@@ -65,10 +67,10 @@ def _check(problem: Problem, algorithm: Algorithm) -> None:
         raise NotImplementedError(f"base_params, meta_params: {name} does not take sharded parameters; use SAMA")
 
 
-def _adapted(problem: Problem, w: Vector) -> Vector:
+def _adapted(adapt: Adapt, w: Vector) -> Vector:
     """D w, in new memory; 0 where the optimizer has not moved theta."""
     v: list[Tensor | None] = [x.clone() for x in w]
-    adaptation_of(problem)(v)
+    adapt(v)
     return [torch.zeros_like(x) if y is None else y for x, y in zip(w, v, strict=True)]
 
 

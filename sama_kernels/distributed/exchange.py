@@ -245,7 +245,8 @@ def _shares(
 ) -> tuple[float | Tensor, float | Tensor]:
     if weight is None:
         return 1 / world, 1 / world
-    own = torch.tensor(weight, dtype=torch.float64, device=device)
+    # Filled on the device: a copy from the host would wait for it.
+    own = torch.stack([torch.full((), x, dtype=torch.float64, device=device) for x in weight])
     total = own.clone()
     dist.all_reduce(total, group=group)
     base, meta = (own / total).unbind()
