@@ -194,7 +194,7 @@ def test_parameters_that_sat_the_step_out_are_not_part_of_the_norm() -> None:
     used, idle = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
     optimizer = torch.optim.Adam([used, idle], lr=0.1)
     for step in range(3):
-        used.grad, idle.grad = torch.randn(5), torch.randn(5) if step < 2 else None
+        used.grad, idle.grad = torch.randn(5).sign() + torch.randn(5) / 9, torch.randn(5) if step < 2 else None
         coef = by_norm([used, idle])
         optimizer.step()
     d = [torch.randn(5), torch.randn(5)]
