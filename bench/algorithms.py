@@ -27,7 +27,7 @@ from bench.measure import machine
 from bench.memory_ladder import ladder
 from bench.meta_step import SIZES
 from bench.timing import CpuClock, CudaClock, Times, interleaved, spread
-from sama_experiments.memory import CPU_MEASURE, CUDA_MEASURE, peak_bytes
+from sama_experiments.common.memory import CPU_MEASURE, CUDA_MEASURE, peak_bytes
 
 Row = dict[str, Any]
 UNROLLS = (10, 1)

@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import synchronize
-from sama_experiments.memory import quiet_stderr
+from sama_experiments.common.memory import quiet_stderr
 
 # Which argument of a collective of torch's c10d is the whole (what one rank has after a gather or before a scatter),
 # and how often (p - 1) / p of it is sent by each of p ranks in a ring.

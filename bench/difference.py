@@ -22,7 +22,7 @@ from torch import Tensor
 import sama_kernels as sk
 from bench.measure import interleaved, machine, paired_ratio, spread
 from bench.meta_step import SIZES, Workload
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import adaptation
 
 DIFFERENCES = ("central", "forward", "exact")

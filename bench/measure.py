@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sama_experiments import report
+from sama_experiments.common import records
 
 
 def interleaved(work: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -54,11 +54,11 @@ def paired_ratio(values: list[float], reference: list[float]) -> dict[str, float
 def machine() -> dict[str, Any]:
     """Where a figure was measured, and with what: the program's own facts, and those that only benchmarks need."""
     return {
-        **report.machine(),
+        **records.machine(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "load": os.getloadavg()[0],
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"},
-        "versions": {**report.versions(), "triton": installed("triton"), "cuda": torch.version.cuda},
+        "versions": {**records.versions(), "triton": installed("triton"), "cuda": torch.version.cuda},
         **(gpu() if torch.cuda.is_available() else {}),
         "commit": commit(),
     }

@@ -9,7 +9,7 @@ import torch
 
 import sama_kernels as sk
 from bench.algorithm_cases import ATTENTION, Task, ours
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 
 Row = dict[str, Any]
 SIZES = ((64, 2), (128, 2), (256, 4), (384, 4))  # width and layers: 3 to 27 million parameters; base is (768, 12)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import sama_kernels as sk
 from bench.contenders import foreach_adam
 from bench.measure import interleaved, machine, paired_ratio, spread
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import backends
 
 SIZES = {

@@ -21,7 +21,7 @@ from bench import timing
 from bench.collectives import Collectives, bytes_written, overlap
 from bench.measure import synchronize
 from bench.parallel_workload import ParallelWorkload, Size
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]

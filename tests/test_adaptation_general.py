@@ -10,7 +10,7 @@ from problems import relative_error, same_bits
 from stepping import adapted, differenced, stepped
 from torch import Tensor
 
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import adaptation
 
 MIXED = [(3, 4), (), (7,), (2, 5, 3)]

@@ -11,7 +11,7 @@ from problems import relative_error, same_bits
 from stepping import adapted
 from torch import Tensor
 
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import adaptation, ops
 
 TORCHAO = ["AdamW8bit", "AdamW4bit", "AdamWFp8", "Adam8bit", "Adam4bit", "AdamFp8"]

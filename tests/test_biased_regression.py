@@ -13,8 +13,8 @@ from problems import relative_error
 from torch import Tensor
 
 from sama_experiments import biased_regression
-from sama_experiments.biased_regression import rows_of, verdict
-from sama_experiments.regression_problem import ALGORITHMS, BiasedRegression, Run, run
+from sama_experiments.biased_regression.problem import ALGORITHMS, BiasedRegression, Run, run
+from sama_experiments.biased_regression.program import rows_of, verdict
 from sama_kernels.algorithms import ConjugateGradient, Neumann, Nystrom, SamaNA
 
 

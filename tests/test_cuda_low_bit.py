@@ -17,7 +17,7 @@ from test_ops_moments import flat
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import ops
 
 

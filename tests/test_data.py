@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from sama_experiments.common.errors import ExperimentError
 from sama_experiments.data import ABSTAIN, load_reviews, load_wrench, majority_vote, vote_features
 from sama_experiments.data.reviews import read_snippets
-from sama_experiments.errors import ExperimentError
 
 
 def wrench_split(count: int) -> dict:

@@ -15,7 +15,7 @@ from problems import flat, relative_error, same_bits, snapshot
 from torch import Tensor, nn
 
 import sama_kernels as sk
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import backends
 
 GPU = [("cuda", "reference"), ("cuda", "triton"), ("cuda", "cuda")]

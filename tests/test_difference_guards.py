@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import sama_kernels as sk
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 
 DIFFERENCES = ["forward", "exact"]
 

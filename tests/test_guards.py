@@ -14,7 +14,7 @@ from problems import flat, relative_error
 from torch import Tensor, nn
 
 import sama_kernels as sk
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

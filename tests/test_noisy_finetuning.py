@@ -9,13 +9,13 @@ import torch
 from tiny_bert import make_tiny_bert
 
 from sama_experiments import noisy_finetuning
+from sama_experiments.common.encoder import PretrainedEncoder
+from sama_experiments.common.memory import peak_bytes
 from sama_experiments.data import load_reviews
-from sama_experiments.encoder import PretrainedEncoder
-from sama_experiments.evaluation import typical_step_seconds
-from sama_experiments.memory import peak_bytes
-from sama_experiments.meta_learners import LabelCorrector, WeightNet
-from sama_experiments.options import DEFAULT_METHODS, parse
-from sama_experiments.training import shuffled_batches
+from sama_experiments.noisy_finetuning.evaluation import typical_step_seconds
+from sama_experiments.noisy_finetuning.meta_learners import LabelCorrector, WeightNet
+from sama_experiments.noisy_finetuning.options import DEFAULT_METHODS, parse
+from sama_experiments.noisy_finetuning.training import shuffled_batches
 
 TINY = ["--limit", "200", "--clean", "20", "--steps", "6", "--clean-steps", "4", "--meta-start", "2", "--batch", "8"]
 
@@ -106,7 +106,7 @@ def test_errors_are_one_line(model_folder, tmp_path, monkeypatch, capsys, argume
 
 
 def test_validation_scores_leave_the_clean_labels_out(model_folder):
-    from sama_experiments.experiment import Experiment
+    from sama_experiments.noisy_finetuning.experiment import Experiment
 
     options = parse(TINY)
     encoder = PretrainedEncoder(model_folder, 1, 12, torch.device("cpu"))

@@ -15,14 +15,15 @@ import torch
 from ranks import run_ranks
 from tiny_bert import make_tiny_bert
 
-from sama_experiments import noisy_finetuning, processes
+from sama_experiments import noisy_finetuning
+from sama_experiments.common import processes
+from sama_experiments.common.encoder import PretrainedEncoder
+from sama_experiments.common.errors import ExperimentError
 from sama_experiments.data import load_reviews
-from sama_experiments.encoder import PretrainedEncoder
-from sama_experiments.errors import ExperimentError
-from sama_experiments.experiment import Experiment
-from sama_experiments.methods import METHODS
-from sama_experiments.options import parse
-from sama_experiments.training import Trainer
+from sama_experiments.noisy_finetuning.experiment import Experiment
+from sama_experiments.noisy_finetuning.methods import METHODS
+from sama_experiments.noisy_finetuning.options import parse
+from sama_experiments.noisy_finetuning.training import Trainer
 
 PROGRAM = "sama_experiments.noisy_finetuning"
 # Batches of 5 and 7: the parts of two processes differ in size.

@@ -29,7 +29,7 @@ from test_ops_contract import BACKENDS
 from test_ops_moments import flat
 from torch import Tensor
 
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import ops
 from sama_kernels.backends import reference
 from sama_kernels.ops._library import fake_norm_sq

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from triton_contract import launches  # noqa: F401
 from triton_values import DEVICE, SHAPES, chunks, fresh_inputs, pytestmark  # noqa: F401
 
-from sama_experiments.memory import peak_bytes
+from sama_experiments.common.memory import peak_bytes
 from sama_kernels import backends, ops
 from sama_kernels.backends import triton
 

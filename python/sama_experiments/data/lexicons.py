@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ExperimentError
+from ..common.errors import ExperimentError
 from .votes import ABSTAIN
 
 VOTERS = ["VADER", "AFINN", "TextBlob"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ExperimentError
+from ..common.errors import ExperimentError
 from .votes import ABSTAIN
 from .weak_dataset import Split, WeakDataset
 

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .errors import ExperimentError
-from .options import positive, positive_float
-from .regression_problem import ALGORITHMS, FEATURES, NOISE, SAMPLES, BiasedRegression, Run, run
-from .report import machine, versions
+from ..common.arguments import positive, positive_float
+from ..common.errors import ExperimentError
+from ..common.records import machine, versions
+from .problem import ALGORITHMS, FEATURES, NOISE, SAMPLES, BiasedRegression, Run, run
 
 SETTING = """\
 theta is w*(lambda) in closed form at every meta update: what differs is only what an algorithm takes for the inverse
@@ -236,7 +236,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

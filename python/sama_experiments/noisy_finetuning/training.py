@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import sama_kernels as sk
 
-from . import processes
-from .encoder import EncodedTexts, TextClassifier
-from .errors import ExperimentError
+from ..common import processes
+from ..common.encoder import EncodedTexts, TextClassifier
+from ..common.errors import ExperimentError
 from .meta_learners import ExampleEvidence, LabelCorrector, WeightNet
 from .methods import Method, Settings
 

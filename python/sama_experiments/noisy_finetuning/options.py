@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..common.arguments import positive, positive_float
 from .methods import METHODS, Settings
 
 DEFAULT_METHODS = ["weak", "clean", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc", "sama-rc-clean"]
@@ -72,22 +72,6 @@ def parse(arguments: list[str] | None = None) -> Options:
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     others = {field.name: values[field.name] for field in fields(Options) if field.name != "settings"}
     return Options(**others, settings=settings)
-
-
-def positive(text: str) -> int:
-    """An integer >= 1, as a type for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0, as a type for argparse."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and finite")
-    return value
 
 
 def _layers(text: str) -> int | None:

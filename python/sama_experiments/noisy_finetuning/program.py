@@ -7,45 +7,21 @@ data reweighting and label correction guided by those clean labels.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from . import figure, processes, report
-from .data import WeakDataset, load_reviews, load_wrench
-from .encoder import PretrainedEncoder, default_model_folder
-from .errors import ExperimentError
+from ..common import processes
+from ..common.encoder import PretrainedEncoder, default_model_folder
+from ..common.errors import ExperimentError
+from ..common.processes import choose_device
+from ..common.progress import ProgressBars
+from ..data import WeakDataset, load_reviews, load_wrench
+from . import figure, report
 from .experiment import Experiment
 from .methods import METHODS
 from .options import Options, parse
-
-
-class ProgressBars:
-    """One bar for the whole experiment and one for the work at hand."""
-
-    def __init__(self, bars: Progress, runs: int) -> None:
-        self._bars = bars
-        self._all: TaskID = bars.add_task("all runs", total=runs)
-        self._now: TaskID | None = None
-
-    def stage(self, title: str, total: int) -> None:
-        """A new piece of work begins."""
-        if self._now is not None:
-            self._bars.remove_task(self._now)
-        self._now = self._bars.add_task(title, total=total)
-
-    def advance(self, units: int = 1) -> None:
-        """So many units of the work at hand are done."""
-        if self._now is not None:
-            self._bars.advance(self._now, units)
-
-    def run_done(self) -> None:
-        """One run of the experiment is done."""
-        self._bars.advance(self._all)
 
 
 def load_data(options: Options) -> WeakDataset:
@@ -55,13 +31,6 @@ def load_data(options: Options) -> WeakDataset:
     if options.limit is not None:
         raise ExperimentError("--limit is for the movie reviews, not for --data")
     return load_wrench(options.data)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ExperimentError("--device cuda: PyTorch sees no GPU here")
-    return processes.gpu() if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 def run_experiment(options: Options, console: Console) -> None:
@@ -77,16 +46,15 @@ def run_experiment(options: Options, console: Console) -> None:
     encoder = PretrainedEncoder(folder, options.train_layers, options.max_tokens, device)
     dataset = load_data(options)
     methods = [METHODS[key] for key in options.methods]
-    columns = (TextColumn("{task.description:<55}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as bars:
-        progress = ProgressBars(bars, len(methods) * len(options.seeds))
+    with ProgressBars(console, len(methods) * len(options.seeds)) as progress:
         experiment = Experiment(dataset, encoder, options.settings, options.score_on, progress)
         runs = []
         for seed in options.seeds:
             for method in methods:
-                runs.append(experiment.run(method, seed, progress))
+                run = experiment.run(method, seed, progress)
+                runs.append(run)
                 progress.run_done()
-                bars.print(f"{method.title}, seed {seed}: {100 * runs[-1].accuracy:.2f} % in {runs[-1].seconds:.0f} s")
+                progress.print(f"{method.title}, seed {seed}: {100 * run.accuracy:.2f} % in {run.seconds:.0f} s")
         memory = {method.key: experiment.memory(method, options.seeds[0]) for method in methods}
         probe = [experiment.linear_probe(seed) for seed in options.seeds]
     if processes.rank() > 0:
@@ -111,7 +79,3 @@ def main(arguments: list[str] | None = None) -> int:
             report_error(f"error: {error}")
             return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import processes
-from .encoder import EncodedTexts, TextClassifier
+from ..common import processes
+from ..common.encoder import EncodedTexts, TextClassifier
 from .methods import Method, Settings
 from .training import MetaLearners, Task, Trainer
 

@@ -89,6 +89,13 @@ def gpu() -> torch.device:
     return device
 
 
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError("--device cuda: PyTorch sees no GPU here")
+    return gpu() if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
 def own_random_numbers(seed: int) -> None:
     """From here on the global generators (dropout's) draw something else on every process; the first one's go on."""
     if rank() > 0:

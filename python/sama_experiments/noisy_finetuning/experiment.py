@@ -4,31 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import processes
-from .data import WeakDataset
-from .encoder import EncodedTexts, PretrainedEncoder
-from .errors import ExperimentError
+from ..common import processes
+from ..common.encoder import EncodedTexts, PretrainedEncoder
+from ..common.errors import ExperimentError
+from ..common.memory import peak_bytes
+from ..common.progress import Progress
+from ..data import WeakDataset
 from .evaluation import Run, run
 from .linear_probe import linear_probe_accuracy
-from .memory import peak_bytes
 from .meta_learners import ExampleEvidence
 from .methods import Method, Settings
 from .training import Task, Trainer
-
-
-class Progress(Protocol):
-    """What the experiment tells about its progress."""
-
-    def stage(self, title: str, total: int) -> None:
-        """A new piece of work of ``total`` units begins."""
-
-    def advance(self, units: int = 1) -> None:
-        """So many units of it are done."""
 
 
 @dataclass(frozen=True)
