@@ -1,5 +1,6 @@
 """sama_kernels: SAMA meta gradients in three first-order passes, with the model-sized work between them fused."""
 
+from sama_kernels import nn
 from sama_kernels.adaptation import carried, register_adaptation
 from sama_kernels.checkpoint import load_state_dict, state_dict
 from sama_kernels.clipping import clip_coef
@@ -25,6 +26,7 @@ __all__ = [
     "load_state_dict",
     "meta_backward",
     "meta_grad",
+    "nn",
     "recorded",
     "register_adaptation",
     "relative",

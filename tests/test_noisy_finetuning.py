@@ -13,7 +13,6 @@ from sama_experiments.common.encoder import PretrainedEncoder
 from sama_experiments.common.memory import peak_bytes
 from sama_experiments.data import load_reviews
 from sama_experiments.noisy_finetuning.evaluation import typical_step_seconds
-from sama_experiments.noisy_finetuning.meta_learners import LabelCorrector, WeightNet
 from sama_experiments.noisy_finetuning.options import DEFAULT_METHODS, parse
 from sama_experiments.noisy_finetuning.training import shuffled_batches
 
@@ -119,16 +118,6 @@ def test_validation_scores_leave_the_clean_labels_out(model_folder):
     task, other = experiment.task(0), experiment.task(1)
     assert not set(task.clean_index.tolist()) & set(task.scored_index.tolist())
     assert len(task.clean_index) == 20 and not torch.equal(task.clean_index, other.clean_index)
-
-
-def test_meta_learners_start_as_plain_finetuning():
-    weak = torch.eye(3)[[0, 1, 2, 2]]
-    features = torch.randn(4, 5)
-    assert torch.equal(WeightNet(5, 3, 8)(torch.rand(4), features, weak), torch.ones(4))
-    corrected = LabelCorrector(5, 3, 8)(features, weak, torch.tensor([True, True, True, False]))
-    torch.testing.assert_close(corrected.sum(dim=1), torch.ones(4))
-    assert torch.equal(corrected[:3].argmax(dim=1), torch.tensor([0, 1, 2]))
-    torch.testing.assert_close(corrected[3], torch.full((3,), 1 / 3))
 
 
 def test_batches_are_full_and_cover_everything():

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ExperimentError
+
+T = TypeVar("T")
 
 WAIT_FOR_OTHER_ERRORS = timedelta(seconds=5)
 
@@ -145,3 +148,12 @@ def _reduced(number: int, operation: dist.ReduceOp.RedOpType) -> int:
     value = torch.tensor(number)
     dist.all_reduce(value, operation)
     return int(value)
+
+
+def gathered(own: T) -> list[T]:
+    """What every process gives, in their order."""
+    if world() == 1:
+        return [own]
+    found: list[T | None] = [None] * world()
+    dist.all_gather_object(found, own)
+    return cast(list[T], found)

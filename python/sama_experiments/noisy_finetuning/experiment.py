@@ -15,8 +15,8 @@ from ..common.memory import peak_bytes
 from ..common.progress import Progress
 from ..data import WeakDataset
 from .evaluation import Run, run
+from .evidence import ExampleEvidence
 from .linear_probe import linear_probe_accuracy
-from .meta_learners import ExampleEvidence
 from .methods import Method, Settings
 from .training import Task, Trainer
 

@@ -15,7 +15,7 @@ import sama_kernels as sk
 from ..common import processes
 from ..common.encoder import EncodedTexts, TextClassifier
 from ..common.errors import ExperimentError
-from .meta_learners import ExampleEvidence, LabelCorrector, WeightNet
+from .evidence import START_GATE, ExampleEvidence
 from .methods import Method, Settings
 
 
@@ -47,8 +47,8 @@ class MetaLearners(nn.Module):
         super().__init__()
         features = evidence.features.shape[1]
         self.evidence = evidence
-        self.weight_net = WeightNet(features, classes, settings.meta_hidden)
-        self.corrector = LabelCorrector(features, classes, settings.meta_hidden) if corrects else None
+        self.weight_net = sk.nn.MetaWeightNet(features + classes, settings.meta_hidden)
+        self.corrector = sk.nn.LabelCorrector(features, classes, settings.meta_hidden, START_GATE) if corrects else None
 
     def forward(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits [B, C] of the training texts ``index`` -> losses [B], weights [B], targets [B, C]."""
@@ -56,7 +56,7 @@ class MetaLearners(nn.Module):
         targets = weak if self.corrector is None else self.corrector(features, weak, covered)
         losses = F.cross_entropy(logits, targets, reduction="none")
         # The weights are functions of the loss, but the base gradient does not flow through them.
-        return losses, self.weight_net(sk.stop_gradient(losses), features, weak), targets
+        return losses, self.weight_net(sk.stop_gradient(losses), torch.cat([features, weak], dim=1)), targets
 
 
 def shuffled_batches(index: Tensor, lengths: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
