@@ -2,6 +2,7 @@
 
 PROGRAMS = {
     "noisy_finetuning": "finetune a transformer on noisy labels with learned data weights and labels (section 4.1)",
+    "continued_pretraining": "pretraining text beside a downstream task, its weights learned (section 4.2)",
     "biased_regression": "SAMA's meta gradient against the exact one and CG, Neumann, Nystroem (appendix E)",
 }
 
@@ -10,7 +11,7 @@ def main() -> None:
     """Print the name and the purpose of every program."""
     print("Programs (python -m sama_experiments.NAME --help tells more):")
     for name, purpose in PROGRAMS.items():
-        print(f"  {name:<20} {purpose}")
+        print(f"  {name:<21} {purpose}")
 
 
 if __name__ == "__main__":
