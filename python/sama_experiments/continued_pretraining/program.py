@@ -57,7 +57,9 @@ def run_experiment(options: Options, console: Console) -> None:
         console.print(f"going on from {kept.path}", soft_wrap=True, highlight=False)
     methods = [METHODS[key] for key in options.methods]
     with ProgressBars(console, len(methods) * len(options.seeds)) as progress:
-        experiment = Experiment(dataset, encoder, folder, options.settings, options.preparation, metric, kept, progress)
+        experiment = Experiment(
+            dataset, encoder, folder, options.settings, options.preparation, methods, metric, kept, progress
+        )
         runs = []
         for seed in options.seeds:
             for method in methods:

@@ -31,29 +31,33 @@ class LabelledRows:
 
 @dataclass(frozen=True)
 class Task:
-    """What one seed trains and scores on; all tensors are on the training device."""
+    """What one seed trains and scores on; all tensors are on the training device.
+
+    ``evidence`` is what is known of the corpus's texts besides their losses, float32 [R, E] by name.
+    """
 
     train: LabelledRows
-    meta: LabelledRows
+    dev: LabelledRows | None
     scored: LabelledRows
     corpus: MaskedCorpus
-    features: Tensor
+    evidence: dict[str, Tensor]
     steps: int
     new_model: Callable[[], MultitaskModel]
 
 
 class TextWeights(nn.Module):
-    """The weight of an auxiliary text: a net over its loss and, where the method says so, its sentence features."""
+    """The weight of an auxiliary text: a net over its loss and, where given, other evidence (float32 [R, E])."""
 
-    def __init__(self, features: Tensor | None, hidden: int) -> None:
+    def __init__(self, evidence: Tensor | None, hidden: int, mean_one: bool) -> None:
         super().__init__()
-        self._features = features
-        self.net = sk.nn.MetaWeightNet(0 if features is None else features.shape[1], hidden)
+        self._evidence = evidence
+        self._mean_one = mean_one
+        self.net = sk.nn.MetaWeightNet(0 if evidence is None else evidence.shape[1], hidden)
 
     def forward(self, losses: Tensor, rows: Tensor) -> Tensor:
         """Held losses [B] of the texts ``rows`` (int64 [B]) -> weights [B], all 1 at the start."""
-        weights: Tensor = self.net(losses, None if self._features is None else self._features[rows])
-        return weights
+        weights: Tensor = self.net(losses, None if self._evidence is None else self._evidence[rows])
+        return weights / weights.mean() if self._mean_one else weights
 
 
 class Trainer:
@@ -72,7 +76,7 @@ class Trainer:
         self._begin_stage()
         self.weigh: TextWeights | None = None
         if method.meta:
-            self.weigh = TextWeights(task.features if method.sees == "features" else None, settings.meta_hidden)
+            self.weigh = TextWeights(task.evidence.get(method.sees), settings.meta_hidden, settings.mean_one)
             self.weigh.to(task.train.labels.device)
             self.meta_optimizer = torch.optim.Adam(self.weigh.parameters(), lr=settings.meta_lr)
         # One generator for each stream of batches: every method then sees the same batches in the same order.
@@ -83,7 +87,12 @@ class Trainer:
             rows = rows[corpus.domain == 0]
         self.train_batches = _batches(task.train, settings.batch_size, draws[0])
         self.auxiliary_batches = shuffled_batches(rows, corpus.lengths, settings.auxiliary_batch_size, draws[1])
-        self.meta_batches = _batches(task.meta, settings.meta_batch_size, draws[2])
+        self.meta_texts = task.train
+        if method.meta_on == "dev":
+            if task.dev is None:
+                raise ValueError(f"{method.key} needs the dev split")
+            self.meta_texts = task.dev
+        self.meta_batches = _batches(self.meta_texts, settings.meta_batch_size, draws[2])
 
     def step(self) -> None:
         """One base step and, where the schedule says so, one meta step."""
@@ -106,7 +115,7 @@ class Trainer:
             # which is still in .grad, but the perturbed passes can leave it out.
             out = sk.meta_backward(
                 auxiliary_loss,
-                lambda: self._downstream_loss(self.task.meta, batch),
+                lambda: self._downstream_loss(self.meta_texts, batch),
                 base_params=self.model,
                 meta_params=self.weigh,
                 optimizer=self.optimizer,
