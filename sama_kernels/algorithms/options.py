@@ -88,7 +88,7 @@ class ConjugateGradient(Implicit):
 class Nystrom(Implicit):
     """w = (C H_KK^+ C^T + damping I)^-1 d with `rank` random columns C of H, by Woodbury's formula (Hataya and Yamada,
     "Nystroem method for accurate and scalable implicit differentiation", 2023). The columns are drawn from torch's
-    generator. T1T2's cost + rank * 4 F; memory: (rank + 2) n and the graph.
+    generator. T1T2's cost + rank * 4 F; memory: (rank + 3) n and the graph.
     """
 
     rank: int = 5

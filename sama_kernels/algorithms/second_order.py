@@ -17,6 +17,7 @@ from sama_kernels.direction import adaptation_of
 from sama_kernels.distributed import Adapt, Alone, quiet, ranks_of
 from sama_kernels.distributed.sharded import is_sharded
 from sama_kernels.guards import Interrupts, RngState
+from sama_kernels.ownership import own
 from sama_kernels.passes import buffer_guard, direct_gradient
 from sama_kernels.types import MetaGradient, Problem
 
@@ -44,7 +45,11 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
             meta_loss, base_loss, norm = out.loss, out.base_loss, dot(grads, grads).sqrt()
         else:
             meta = direct_gradient(problem, ranks, interrupts)
-            d = [torch.zeros_like(p) if x is None else x for p, x in zip(problem.base_params, meta.d, strict=True)]
+            d = [
+                torch.zeros_like(p, memory_format=torch.contiguous_format) if x is None else x.contiguous()
+                for p, x in zip(problem.base_params, own(meta.d, problem.base_params, set()), strict=True)
+            ]
+            meta.d.clear()
             rng.restore()
             buffers.restore()
             g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, interrupts)
