@@ -110,8 +110,10 @@ class Truncated(Algorithm):
 class Iterative(Algorithm):
     """Reverse mode through `steps` further steps of the real optimizer, its state included, from where theta is
     (Maclaurin et al. 2015; Franceschi et al. 2017; DARTS' second-order step is steps=1 with SGD: Liu et al. 2019).
-    Afterwards theta and the optimizer's state are what they were.
+    Afterwards theta and the optimizer's state are what they were, unless `advance` is set.
 
+    advance: leave theta and the optimizer's state where the steps led to: they are base steps then, and the training
+    loop makes no others. After an error all is as it was.
     per_step: base_loss is a list of `steps` closures, one for each step; otherwise each step takes all of base_loss.
     checkpoint: keep theta and the state of each step instead of its graph, which is made again in the backward pass.
     Cost: steps * 9 F + 3 F (checkpoint: steps * 12 F + 3 F); memory: steps * (n + the graph of a step), or
@@ -121,6 +123,7 @@ class Iterative(Algorithm):
     steps: int = 1
     per_step: bool = False
     checkpoint: bool = False
+    advance: bool = False
 
 
 NAMES: dict[str, type[Algorithm]] = {
