@@ -18,7 +18,7 @@ from .model import MultitaskModel
 from .training import LabelledRows, Task, Trainer
 
 CURVE_TEXTS = 300  # texts that a point of the curve is measured on
-WEIGHED_TEXTS = 250  # auxiliary texts of each domain that are looked at after a run
+WEIGHED_TEXTS = 150  # auxiliary texts of each domain that are looked at after a run
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ VOCABULARY, CLASSES = 50265, 2  # RoBERTa's; any number of classes
 HEAD_WIDTH = 64  # of attention, as in RoBERTa
 BATCH, TOKENS = 8, 64
 MASKED_EVERY = 7  # one token in seven is masked, about 15 %
-STEPS = 3  # Adam's state is there from the first one on
+STEPS = 2  # Adam's state is there from the first one on
 
 
 @dataclass(frozen=True)

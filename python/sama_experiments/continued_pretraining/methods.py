@@ -81,7 +81,7 @@ class Settings:
             how much they count beside the labelled ones.
     """
 
-    steps: int = 150
+    steps: int = 80
     epochs: int | None = None
     labels: int | None = 200
     batch_size: int = 16
@@ -90,13 +90,13 @@ class Settings:
     base_lr: float = 2e-4
     warmup: float = 0.1
     meta_lr: float = 3e-3
-    meta_batch_size: int = 32
+    meta_batch_size: int = 64
     meta_hidden: int = 64
     mean_one: bool = True
-    meta_start: int = 20
-    unroll: int = 2
+    meta_start: int = 10
+    unroll: int = 1
     alpha: float = 0.15
     update_base: bool = False
     mask_share: float = 0.15
     pooling: str = "mean"
-    curve_points: int = 3
+    curve_points: int = 2
