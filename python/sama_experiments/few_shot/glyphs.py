@@ -89,7 +89,7 @@ def common_letters(charmaps: Sequence[Mapping[int, int]]) -> list[int]:
 
 
 def render(fonts: list[FT2Font], letters: list[int], progress: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-    """Glyphs of one size, centred: uint8 [letters, fonts, 56, 56], and bool [letters, fonts]: which fonts have a letter."""
+    """Glyphs of one size, centred: uint8 [letters, fonts, 56, 56]; bool [letters, fonts]: which fonts have a letter."""
     canvases = torch.zeros(len(letters), len(fonts), CANVAS, CANVAS, dtype=torch.uint8)
     present = torch.zeros(len(letters), len(fonts), dtype=torch.bool)
     for column, font in enumerate(fonts):

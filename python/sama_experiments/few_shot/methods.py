@@ -28,20 +28,20 @@ class Settings:
     norm: str = "batch"
     downsample: str = "stride"
     inner_optimizer: str = "sgd"
-    inner_lr: float = 0.1
+    inner_lr: float = 0.5
     inner_steps: int = 5
-    strength: float = 1.0
-    meta_steps: int = 60
-    meta_batch: int = 4
-    meta_lr: float = 3e-3
+    strength: float = 0.2
+    meta_steps: int = 80
+    meta_batch: int = 2
+    meta_lr: float = 1e-2
     meta_schedule: str = "cosine"
-    queries: int | None = 2
+    queries: int | None = 5
     alpha: float = 1.0
     damping: float = 0.0
     solver_steps: int = 5
-    scratch_lr: float = 0.5
+    scratch_lr: float = 1.0
     scratch_steps: int = 50
-    test_tasks: int = 40
+    test_tasks: int = 30
     test_queries: int = 5
 
 

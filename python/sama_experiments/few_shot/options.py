@@ -35,7 +35,6 @@ QUICK: dict[str, Any] = {
     "seeds": [0],
     "meta_steps": 40,
     "test_tasks": 40,
-    "scratch_steps": 20,
 }
 
 EPILOG = """\
@@ -79,6 +78,10 @@ def parse(arguments: list[str] | None = None) -> Options:
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     others = {field.name: values[field.name] for field in fields(Options) if field.name != "settings"}
     return Options(**others, settings=settings)
+
+
+def _not_negative(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else positive_float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +142,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("runs").add_argument
     add("--ways", type=positive, default=d.ways, metavar="N", help="classes of a task (default: %(default)s)")
     add("--shots", nargs="+", type=positive, default=[1, 5], metavar="K", help="support images of each (default: 1 5)")
-    default_methods = ["scratch", "scratch-long", "fomaml", "sama"]
+    default_methods = ["scratch", "fomaml", "sama"]
     add(
         "--methods",
         nargs="+",
@@ -228,4 +231,4 @@ def _add_meta(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Hessian-vector products of conjugate gradients and Neumann (default: %(default)s)",
     )
-    add("--damping", type=float, default=d.damping, help="of conjugate gradients (default: %(default)s)")
+    add("--damping", type=_not_negative, default=d.damping, help="of conjugate gradients (default: %(default)s)")

@@ -96,11 +96,15 @@ def run_experiment(options: Options, console: Console) -> None:
     report.print_tables(console, results)
     seconds = time.perf_counter() - started
     numbers, picture = out / "few_shot.json", out / "few_shot.png"
-    report.write_json(numbers, results, seconds)
+    report.write_json(numbers, results, seconds, time.process_time())
     figure.draw(picture, results)
     checkpoint.remove()
     threads = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else str(device)
-    console.print(f"{seconds:.0f} s, {threads}; wrote {numbers} and {picture}", soft_wrap=True, highlight=False)
+    console.print(
+        f"{seconds:.0f} s ({time.process_time():.0f} s of CPU), {threads}; wrote {numbers} and {picture}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -89,7 +90,10 @@ def spread(values: list[float]) -> float:
 
 
 def verdict(rows: list[Row], method: str, shots: int) -> str:
-    """The paper's claim for one method: does the accuracy grow at every step to the next width?"""
+    """The paper's claim for one method: does the accuracy grow at every step to the next width?
+
+    Where the mean rises by no more than the 95 % intervals of both widths' tasks together, nothing is confirmed.
+    """
     found = sorted((row for row in rows if (row.method, row.shots) == (method, shots)), key=lambda row: row.width)
     if len(found) < 2:
         return f"{METHODS[method].title}, {shots}-shot: one width says nothing about growth"
@@ -99,13 +103,13 @@ def verdict(rows: list[Row], method: str, shots: int) -> str:
         f" ({', '.join(f'{100 * (y - x):+.1f}' for x, y in zip(a.accuracies, b.accuracies, strict=True))})"
         for a, b in steps
     )
-    rises = sum(b.accuracy_mean > a.accuracy_mean for a, b in steps)
+    rises = sum(b.accuracy_mean - a.accuracy_mean > math.hypot(a.task_error, b.task_error) for a, b in steps)
     everywhere = all(y > x for a, b in steps for x, y in zip(a.accuracies, b.accuracies, strict=True))
     total = found[-1].accuracy_mean - found[0].accuracy_mean
     if rises == len(steps):
         word = "confirmed" + (", for every seed" if everywhere else ", in the mean over seeds")
     else:
-        word = f"NOT confirmed: {rises} of {len(steps)} steps rise"
+        word = f"NOT confirmed: {rises} of {len(steps)} steps rise by more than the noise of the tasks"
     return (
         f"{METHODS[method].title}, {shots}-shot: accuracy grows at every step to the next width {word}. In points, "
         f"mean (seed by seed): {gains}; in all {100 * total:+.1f}."
@@ -145,8 +149,11 @@ def _cell(row: Row) -> str:
     return f"{100 * row.accuracy_mean:.1f} ± {100 * row.accuracy_std:.1f}"
 
 
-def write_json(path: Path, results: Results, seconds: float) -> None:
-    """Every setting, the table, the claim, and the results of every run: an entry a line."""
+def write_json(path: Path, results: Results, seconds: float, cpu_seconds: float) -> None:
+    """Every setting, the table, the claim, and the results of every run: an entry a line.
+
+    ``cpu_seconds`` is this process's, all its threads together: what other programs on the machine do not change much.
+    """
     rows = table_rows(results)
     options = results.options
     content: dict[str, Any] = {
@@ -160,6 +167,7 @@ def write_json(path: Path, results: Results, seconds: float) -> None:
         "nearest_mean_of_pixels": {str(shots): found for shots, found in results.pixels.items()},
         "verdict": [verdict(rows, m, k) for m in options.methods if METHODS[m].learns for k in options.shots],
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "machine": machine(),
         "versions": versions(),
     }
