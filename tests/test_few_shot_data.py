@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from few_shot_cases import images_of
-from PIL import Image
+from few_shot_cases import images_of, write_omniglot
 from torch import Tensor
 
 from sama_experiments import few_shot
@@ -99,24 +98,6 @@ def test_instances_take_the_fonts_that_have_the_letter(rendered: tuple[list[int]
         assert (distance.argmin(dim=1).unique().numel()) == int(fonts.sum())
     moved = [glyphs.instances(canvases[:2], present[:2], torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], moved[2])
-
-
-def write_omniglot(folder: Path, edit: Callable[[Path], None] = lambda folder: None) -> Path:
-    """Two alphabets with 12 characters each in images_background, one with 8 in images_evaluation; 3 images each."""
-    for name, alphabets, count in (
-        ("images_background", ("Greek", "Latin"), 12),
-        ("images_evaluation", ("Tengwar",), 8),
-    ):
-        for alphabet in alphabets:
-            for number in range(1, count + 1):
-                character = folder / name / alphabet / f"character{number:02}"
-                character.mkdir(parents=True)
-                for drawer in (1, 2, 3):
-                    image = np.full((105, 105), 255, dtype=np.uint8)
-                    image[30:60, 2 * number : 2 * number + 30] = 0  # ink is black
-                    Image.fromarray(image).convert("1").save(character / f"{number:04}_{drawer:02}.png")
-    edit(folder)
-    return folder
 
 
 def test_omniglot(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_meta_gradients_are_averaged_over_the_tasks() -> None:
 
 def test_meta_training_lowers_the_query_loss() -> None:
     settings = replace(SMALL, meta_steps=16, meta_batch=2, meta_lr=0.02, inner_lr=0.3)
-    for method in ("sama", "fomaml", "conjugate_gradient"):
+    for method in ("sama", "fomaml"):
         trainer = MetaTrainer(Problem(images_of(), 4, 1), METHODS[method], settings, 0, CPU)
         for _ in range(settings.meta_steps):
             trainer.step()
