@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from few_shot_cases import CPU, SMALL, images_of, write_omniglot
+from killed import killed_and_resumed, read, undisturbed
 from problems import relative_error
 
 from sama_experiments import few_shot
-from sama_experiments.few_shot.evaluation import Run, nearest_mean_accuracy, task_accuracies
+from sama_experiments.few_shot.evaluation import nearest_mean_accuracy, task_accuracies
 from sama_experiments.few_shot.methods import METHODS, Settings
 from sama_experiments.few_shot.network import ConvNet
 from sama_experiments.few_shot.options import parse
@@ -31,7 +30,6 @@ TINY = [
     "--queries", "1", "--test-queries", "1", "--test-tasks", "4", "--seeds", "0", "--device", "cpu",
 ]  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-PROGRAM = [sys.executable, "-m", "sama_experiments.few_shot"]
 
 
 @pytest.mark.parametrize(("downsample", "features"), [("stride", 4), ("pool", 1)])
@@ -148,30 +146,13 @@ def test_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_resumes_after_a_kill(tmp_path: Path, folder: str) -> None:
-    """Killed with a run under way: started again it goes on, and finds what an undisturbed program finds."""
-    long = ["--data", folder, "--meta-steps", "40", "--methods", "fomaml", "sama", "--shots", "1", "--widths", "2"]
-    whole = start(tmp_path / "whole", *long)
-    stopped = tmp_path / "stopped"
-    process = subprocess.Popen(
-        [*PROGRAM, *TINY, *long, "--out", str(stopped)], env=ENVIRONMENT, stdout=subprocess.DEVNULL
-    )
-    file = stopped / "checkpoint.pt"
-    under_way: dict[str, Any] = {"run": None}
-    deadline = time.monotonic() + 60
-    # Not before one run is finished and another has been saved in the middle.
-    while not (under_way["run"] and under_way["results"]) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-        if file.exists():
-            under_way = torch.load(file, weights_only=True)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    saved = torch.load(file, weights_only=True)
-    assert saved["run"] is not None and 0 < len(saved["state"]["trainer"]["losses"]) < 40
-    again = start(stopped, *long)
-    for found, expected in zip(again["runs"], whole["runs"], strict=True):
-        assert {**found, "seconds": 0, "losses": 0} == {**expected, "seconds": 0, "losses": 0}
-        assert found["losses"] == pytest.approx(expected["losses"], abs=2e-4)
-    assert not file.exists()
+    """Killed within a run: started again it goes on, and finds what an undisturbed program finds."""
+    arguments = [*TINY, "--data", folder, "--meta-steps", "60", "--methods", "sama", "--shots", "1", "--widths", "2"]
+    killed_and_resumed("sama_experiments.few_shot", arguments, tmp_path / "cut")
+    undisturbed("sama_experiments.few_shot", arguments, tmp_path / "whole")
+    cut, whole = (read(tmp_path / name / "few_shot.json")["runs"][0] for name in ("cut", "whole"))
+    assert {**cut, "seconds": 0, "losses": 0} == {**whole, "seconds": 0, "losses": 0}
+    assert len(whole["losses"]) == 60 and cut["losses"] == pytest.approx(whole["losses"], abs=2e-4)
 
 
 def test_two_processes_find_the_same(tmp_path: Path, folder: str) -> None:
@@ -217,9 +198,10 @@ def test_bad_options(
     assert status == 2 and message in printed and "Traceback" not in printed
 
 
-def test_another_setting_does_not_take_up_an_unfinished_run(
+def test_finished_runs_are_kept(
     tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After a stop: with other settings an error, with the same ones the results without any training."""
     options = ["--data", folder, "--meta-steps", "2", "--widths", "2", "--shots", "1"]
 
     def stop(*_: Any) -> float:
@@ -230,9 +212,7 @@ def test_another_setting_does_not_take_up_an_unfinished_run(
         few_shot.main([*TINY, *options, "--out", str(tmp_path)])
     assert few_shot.main([*TINY, *options, "--out", str(tmp_path), "--strength", "0.3"]) == 2
     assert "checkpoint.pt is of an unfinished program" in capsys.readouterr().err
-    assert start(tmp_path, *options, "--restart", "--strength", "0.3")["options"]["settings"]["strength"] == 0.3
-
-
-def test_runs_survive_the_checkpoint() -> None:
-    run = Run("sama", 2, 1, 0, 10, 0.5, 0.1, [1.0], 0, 2.0)
-    assert Run(**vars(run)) == run
+    with monkeypatch.context() as patched:
+        patched.setattr("sama_experiments.few_shot.program.run", stop)
+        assert len(start(tmp_path, *options)["runs"]) == 3
+    assert "going on from" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..common.arguments import positive, positive_float
@@ -66,6 +66,10 @@ class Options:
     out: str
     restart: bool
     settings: Settings
+
+    def kept(self) -> dict[str, Any]:
+        """What the results depend on, for the checkpoint."""
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "restart", "device")}
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -174,7 +178,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for the JSON, the PNG, and a checkpoint to go on from after a stop (default: %(default)s)",
     )
-    add("--restart", action="store_true", help="throw away the checkpoint of an unfinished run")
+    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:

@@ -55,9 +55,7 @@ def run_experiment(options: Options, console: Console) -> None:
     except OSError as error:
         raise ExperimentError(f"--out {out}: {error.strerror}") from error
     device = choose_device(options.device)
-    # Where the results go, and whether to begin anew, may differ from start to start.
-    depends_on = {name: value for name, value in asdict(options).items() if name not in ("out", "restart")}
-    checkpoint = Checkpoint(out, depends_on, options.restart)
+    checkpoint = Checkpoint(out, options.kept(), options.restart)
     cases = [
         (seed, shots, width, method)
         for seed in options.seeds
