@@ -56,6 +56,7 @@ class Method:
         algorithm: makes the algorithm of `meta_grad` from the settings; None: no implicit differentiation.
         learns: whether there is meta training at all.
         longer: the base level of a test task takes `scratch_steps` steps.
+        second_order: the algorithm makes Hessian-vector products.
     """
 
     key: str
@@ -64,12 +65,7 @@ class Method:
     algorithm: Callable[[Settings], Algorithm] | None = None
     learns: bool = True
     longer: bool = False
-
-    @property
-    def second_order(self) -> bool:
-        """Whether the algorithm needs Hessian-vector products, hence the whole base loss and not only what reads
-        lambda."""
-        return self.algorithm in (_conjugate_gradient, _neumann)
+    second_order: bool = False
 
 
 def _sama(_: Settings) -> Algorithm:
@@ -96,7 +92,7 @@ METHODS = {
         Method("fomaml", "first-order MAML", proximal=False),
         Method("sama", "SAMA", algorithm=_sama),
         Method("sama_na", "SAMA-NA", algorithm=_sama_na),
-        Method("conjugate_gradient", "iMAML (conjugate gradients)", algorithm=_conjugate_gradient),
-        Method("neumann", "Neumann series", algorithm=_neumann),
+        Method("conjugate_gradient", "iMAML (conjugate gradients)", algorithm=_conjugate_gradient, second_order=True),
+        Method("neumann", "Neumann series", algorithm=_neumann, second_order=True),
     )
 }
