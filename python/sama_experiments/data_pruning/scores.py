@@ -69,7 +69,8 @@ def kept(scores: Tensor, ratio: float, draws: torch.Generator) -> Tensor:
 
 
 def _length(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return length
 
 
 def _error(logits: Tensor, labels: Tensor) -> Tensor:
