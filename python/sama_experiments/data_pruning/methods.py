@@ -31,7 +31,7 @@ METHODS = {
         Method("margin", "margin", "full"),
         Method("dynams", "DynaMS (dynamic)", None),
         Method("sama", "SAMA", "sama"),
-        Method("oracle", "the truth: wrong labels, then copies", "truth"),
+        Method("oracle", "oracle", "truth"),
     )
 }
 
@@ -45,7 +45,7 @@ class Settings:
     batch_size: int = 64
     lr: float = 0.05
     momentum: float = 0.9
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-3
     schedule: str = "cosine"
     search_epochs: int = 8
     averaged_epochs: int = 5

@@ -47,6 +47,8 @@ IMAGENET: dict[str, Any] = SHARED | {
     "schedule": "steps",
     "methods": ["random", "el2n", "grand", "dynams", "sama"],
 }
+SMALLEST = 20  # samples that leave a few of each kind
+
 PAPER = {"cifar10": CIFAR10, "imagenet": IMAGENET}
 
 EPILOG = """\
@@ -102,6 +104,8 @@ def parse(arguments: list[str] | None = None) -> Options:
 def check(options: Options) -> None:
     """Refuse what contradicts itself."""
     settings = options.settings
+    if options.limit is not None and options.limit < SMALLEST:
+        raise ExperimentError(f"--limit {options.limit}: too few samples; at least {SMALLEST}")
     if options.paper is not None and options.data is None:
         raise ExperimentError(f"--paper {options.paper} needs the data set: name its folder with --data")
     if options.noise + options.duplicates > 1:
@@ -232,6 +236,6 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--early-models", type=positive, default=d.early_models, help="EL2N and GraNd: models (default: %(default)s)")
     add("--early-epochs", type=positive, default=d.early_epochs, help="and their epochs (default: %(default)s)")
-    add("--dynams-warmup", type=int, default=d.dynams_warmup, help="epochs on all samples (default: %(default)s)")
+    add("--dynams-warmup", type=positive, default=d.dynams_warmup, help="epochs on all samples (default: %(default)s)")
     add("--dynams-every", type=positive, default=d.dynams_every, help="epochs per selection (default: %(default)s)")
     return parser

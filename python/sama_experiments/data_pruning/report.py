@@ -122,6 +122,8 @@ def print_tables(console: Console, results: Results) -> None:
         "to find what to prune, by that of a full training. DynaMS selects anew while it trains; the tables below the "
         "first are of its last selection.",
     ]
+    if "oracle" in options.methods:
+        lines.append("The oracle knows what was put in: it prunes wrong labels, then copies, then at random.")
     for search in results.searches[:4]:
         if search.source == "sama":
             alpha, norm = options.settings.alpha, search.norm
