@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sama_kernels import held_values as holding
 from sama_kernels.algorithms.options import Iterative
 from sama_kernels.algorithms.substitution import places, substituted
+from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.types import Closure, Problem
 
@@ -31,10 +32,24 @@ class Unrolled:
     base_loss: Tensor
 
 
-class Unroll:
-    """Steps theta <- theta - u(g) from where theta and the optimizer's state are; neither is changed."""
+@dataclass
+class End:
+    """What the steps led to: theta and the optimizer's state, detached, the generators, and what brings the buffers."""
 
-    def __init__(self, problem: Problem, options: Iterative, rng: RngState, interrupts: Interrupts) -> None:
+    theta: list[Tensor]
+    state: State
+    rng: RngState
+    bring_buffers: Callable[[], None]
+
+
+class Unroll:
+    """Steps theta <- theta - u(g) from where theta and the optimizer's state are; `run` changes neither."""
+
+    def __init__(
+        self, problem: Problem, options: Iterative, rng: RngState, buffers: BufferGuard, interrupts: Interrupts
+    ) -> None:
+        self._buffers = buffers
+        self._end: End | None = None
         self._problem, self._options, self._interrupts = problem, options, interrupts
         self._devices = {p.device for p in problem.base_params}
         assert problem.optimizer is not None  # checks.held_by
@@ -56,6 +71,22 @@ class Unroll:
         """All steps, the meta loss after them, and back."""
         return self._checkpointed() if self._options.checkpoint else self._one_graph()
 
+    def advance(self) -> None:
+        """All <- what the steps led to, in the tensors that hold it; after `run`, and after the guards' own end."""
+        assert self._end is not None
+        self._end.rng.restore()
+        self._end.bring_buffers()
+        for p, x, new in zip(self._problem.base_params, self._end.theta, self._end.state, strict=True):
+            p.copy_(x)
+            state = self._optimizer.state[p]
+            for key, value in new.items():
+                if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
+                    state[key].copy_(value)
+                elif key in _SCALARS and isinstance(value, Tensor):  # torch's own first step makes it so
+                    state[key] = value.to(torch.promote_types(torch.get_default_dtype(), torch.float32), copy=True)
+                else:
+                    state[key] = value
+
     def _one_graph(self) -> Unrolled:
         problem = self._problem
         with torch.enable_grad():
@@ -64,6 +95,7 @@ class Unroll:
             for step in range(self._options.steps):
                 theta, state, loss = self._step(step, theta, state)
                 base_loss = loss if base_loss is None else base_loss
+            self._note_end(theta, state)
             meta_loss = self._at(theta, [problem.meta_loss])
             with self._interrupts.allowed():
                 grads = torch.autograd.grad(meta_loss, problem.meta_params, allow_unused=True)
@@ -82,6 +114,7 @@ class Unroll:
                 theta, state, loss = self._step(step, _leaves(theta), state)
             theta, state = [x.detach() for x in theta], [_detached(s) for s in state]
             losses.append(loss)
+        self._note_end(theta, state)
         with torch.enable_grad(), self._interrupts.allowed():
             theta = _leaves(theta)
             meta_loss = self._at(theta, [problem.meta_loss])
@@ -109,6 +142,11 @@ class Unroll:
             sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, own, strict=True)]
         return Unrolled(meta_loss.detach(), sums, losses[0])
 
+    def _note_end(self, theta: Sequence[Tensor], state: State) -> None:
+        if self._options.advance:
+            after = [x.detach() for x in theta], [_detached(s) for s in state]
+            self._end = End(*after, RngState(self._devices), self._buffers.moved())
+
     def _step(self, step: int, theta: Sequence[Tensor], state: State) -> tuple[list[Tensor], State, Tensor]:
         """theta and the state after one step, with their graph, and L_base before it."""
         losses = self._problem.base_losses
@@ -124,7 +162,7 @@ class Unroll:
             for x, g, s in zip(moved, grads, state, strict=True):
                 x.grad = g
                 if s:
-                    optimizer.state[x] = {key: _copied(key, v, x.dtype) for key, v in s.items()}
+                    optimizer.state[x] = {key: _copied(key, v) for key, v in s.items()}
             optimizer.step()
             for x in moved:
                 x.grad = None
@@ -188,11 +226,15 @@ class _Held(torch.autograd.Function):
 _DIFFERENTIABLE = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
 
 
-def _copied(key: str, x: Any, dtype: torch.dtype) -> Any:
-    """torch counts steps in float32, which would leave bias corrections with 7 digits in a differentiable step."""
+_SCALARS = ("step", "mu_product", "eta", "mu")
+
+
+def _copied(key: str, x: Any) -> Any:
+    """torch keeps these scalars in float32, and a differentiable step, unlike others, reckons in their dtype: the bias
+    correction 1 - 0.999^t would have 5 digits."""
     if not isinstance(x, Tensor):
         return x
-    return x.to(dtype, copy=True) if key == "step" else x.clone()
+    return x.to(torch.float64, copy=True) if key in _SCALARS else x.clone()
 
 
 def _leaves(theta: Sequence[Tensor]) -> list[Tensor]:

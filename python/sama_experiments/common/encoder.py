@@ -83,12 +83,12 @@ class TextClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, float32 [B, C]."""
+    def forward(self, inputs: dict[str, Tensor], features: bool = False) -> Any:
+        """Logits, float32 [B, C]; with ``features`` also what the head reads, [B, H], as a tuple of both."""
         hidden = self.encoder(**inputs).last_hidden_state
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_over_tokens(hidden, inputs["attention_mask"])
-        logits: Tensor = self.head(self.dropout(pooled))
-        return logits
+        logits = self.head(self.dropout(pooled))
+        return (logits, pooled) if features else logits
 
 
 def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -101,9 +101,17 @@ class PretrainedEncoder:
     """A pretrained encoder read from a folder; it encodes texts and makes classifiers.
 
     ``train_layers`` upper layers of a classifier are trained; None trains all of them and the embeddings.
+    ``twice_differentiable`` takes attention that has second derivatives, which fused attention has not.
     """
 
-    def __init__(self, folder: Path, train_layers: int | None, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        train_layers: int | None,
+        max_tokens: int,
+        device: torch.device,
+        twice_differentiable: bool = False,
+    ) -> None:
         if not folder.is_dir():
             raise ExperimentError(f"no model folder {folder}")
         if not (folder / "config.json").is_file():
@@ -112,7 +120,10 @@ class PretrainedEncoder:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+            attention = {"attn_implementation": "eager"} if twice_differentiable else {}
+            self.model = transformers.AutoModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, **attention
+            )
         except (OSError, ValueError) as error:
             raise ExperimentError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
         self.model = self.model.eval().to(device)
