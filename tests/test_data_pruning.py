@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed import killed_and_resumed, read
 from test_data_pruning_data import write_cifar, write_images
+from test_data_pruning_scores import tiny
 
 from sama_experiments import data_pruning
 from sama_experiments.common.checkpoints import Checkpoint
-from sama_experiments.common.errors import ExperimentError
 from sama_experiments.data_pruning import datasets
 from sama_experiments.data_pruning.dynams import DynamsTraining
 from sama_experiments.data_pruning.experiment import Experiment
-from sama_experiments.data_pruning.methods import METHODS
+from sama_experiments.data_pruning.methods import METHODS, Settings
 from sama_experiments.data_pruning.options import check, parse
 from sama_experiments.data_pruning.sama import SamaSearch
 from sama_experiments.data_pruning.training import FullTraining, Trainer
@@ -76,52 +72,25 @@ def test_same_seed_same_result(tmp_path: Path) -> None:
     assert [r["wrong_found"] for r in one["runs"]] == [r["wrong_found"] for r in two["runs"]]
 
 
-def accuracies(result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [(r["method"], r["ratio"], r["accuracy"], r["wrong_found"], r["pairs_lost"]) for r in result["runs"]]
-
-
 def test_a_killed_program_goes_on(tmp_path: Path) -> None:
-    more = ["--seeds", "3", "--epochs", "6", "--search-epochs", "6"]
-    undisturbed = run(tmp_path / "whole", *more)
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "sama_experiments.data_pruning", "--out", str(out), *TINY, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    program = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    # somewhere in SAMA's search: the full training and the early models are done, and no pruning yet
-    stage = "seed 3: search, sama"
-    deadline = time.monotonic() + 60
-    while not (found := state_of(out / "checkpoint.pt", stage)):
-        assert program.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    program.send_signal(signal.SIGKILL)
-    program.wait()
-    assert found and set(torch.load(out / "checkpoint.pt", weights_only=True)["results"]) >= {"seed 3: search, full"}
-    with pytest.raises(ExperimentError, match=r"noise = 0.2, not 0.3: .*--restart"):
-        Checkpoint(out, {**torch.load(out / "checkpoint.pt", weights_only=True)["settings"], "noise": 0.3})
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "going on from" in resumed.stdout
-    assert accuracies(json.loads((out / "data_pruning.json").read_text())) == accuracies(undisturbed)
-
-
-def state_of(path: Path, run: str) -> bool:
-    """Whether the checkpoint, written by another process, holds the state of this run under way."""
-    try:
-        return bool(torch.load(path, weights_only=True)["run"] == run)
-    except FileNotFoundError:
-        return False
+    arguments = [*TINY, "--seeds", "3", "--methods", "el2n", "dynams", "sama"]
+    killed_and_resumed("sama_experiments.data_pruning", arguments, tmp_path / "cut")
+    whole = run(tmp_path / "whole", "--seeds", "3", "--methods", "el2n", "dynams", "sama")
+    found = read(tmp_path / "cut" / "data_pruning.json")
+    for name in ("accuracy", "wrong_found", "pairs_lost"):
+        assert [r[name] for r in found["runs"]] == [r[name] for r in whole["runs"]]
 
 
 @pytest.mark.parametrize("kind", ["plain", "full", "dynams", "sama"])
 def test_every_training_resumes_after_every_epoch(tmp_path: Path, kind: str) -> None:
-    options = parse([*TINY, "--model", "resnet18" if kind == "sama" else "cnn", "--limit", "60"])
-    data = datasets.load(options, 0, torch.device("cpu"))
-    settings = options.settings
+    data = tiny()
+    settings = Settings("resnet18" if kind == "sama" else "cnn", 3, 16, search_epochs=3, averaged_epochs=2)
 
     def fresh() -> Trainer:
         if kind == "dynams":
             return DynamsTraining(data, settings, 0, 0.3)
         if kind == "plain":
-            return Trainer(data, settings, 0, settings.epochs, torch.arange(5, 40))
+            return Trainer(data, settings, 0, settings.epochs, torch.arange(5, 35))
         return FullTraining(data, settings, 0) if kind == "full" else SamaSearch(data, settings, 0)
 
     whole = fresh()
@@ -186,12 +155,12 @@ def test_papers_setups() -> None:
 
 def test_paper_preset_on_cifar_files(tmp_path: Path) -> None:
     write_cifar(tmp_path, binary=True)
-    arguments = ["--paper", "cifar10", "--data", str(tmp_path), "--limit", "24", "--seeds", "0", "--ratios", "0.5"]
-    arguments += ["--epochs", "1", "--search-epochs", "1", "--averaged-epochs", "1", "--early-models", "1"]
-    arguments += ["--early-epochs", "1", "--batch", "12", "--methods", "random", "grand", "sama"]
+    arguments = ["--paper", "cifar10", "--data", str(tmp_path), "--limit", "20", "--seeds", "0", "--ratios", "0.5"]
+    arguments += ["--epochs", "1", "--search-epochs", "1", "--averaged-epochs", "1"]
+    arguments += ["--batch", "10", "--methods", "random", "sama"]
     assert data_pruning.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "data_pruning.json").read_text())
-    assert result["data"]["name"] == "CIFAR-10" and result["table"][2]["wrong_found"] is None
+    assert result["data"]["name"] == "CIFAR-10" and result["table"][1]["wrong_found"] is None
     assert result["options"]["settings"]["model"] == "resnet18" and result["options"]["paper"] == "cifar10"
     search = next(s for s in result["searches"] if s["source"] == "sama")
     assert search["degenerate"] == 0 and search["norm"] > 1

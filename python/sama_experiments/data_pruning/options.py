@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..common.arguments import positive, positive_float
@@ -80,6 +80,12 @@ class Options:
     out: str
     restart: bool
     settings: Settings
+
+    def kept(self) -> dict[str, Any]:
+        """What the results depend on, for the checkpoint."""
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("out", "restart", "workers", "device")
+        }
 
 
 def parse(arguments: list[str] | None = None) -> Options:
@@ -198,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for the JSON and the PNG (default: %(default)s)",
     )
-    add("--restart", action="store_true", help="throw away what an unfinished program left in --out")
+    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")
 
     group = parser.add_argument_group("training, on all samples and on what is left")
     add = group.add_argument

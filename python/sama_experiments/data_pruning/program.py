@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -23,8 +22,6 @@ from .experiment import Experiment
 from .methods import METHODS
 from .options import Options, check, parse
 
-NOT_OF_THE_RESULTS = ("out", "restart", "workers")  # what may differ when a program goes on where another was killed
-
 
 def run_experiment(options: Options, console: Console) -> None:
     """Prune by every method on every seed; print the tables, write the JSON and the PNG."""
@@ -36,8 +33,7 @@ def run_experiment(options: Options, console: Console) -> None:
     except OSError as error:
         raise ExperimentError(f"--out {out}: {error.strerror}") from error
     device = choose_device(options.device)
-    settings = {name: value for name, value in asdict(options).items() if name not in NOT_OF_THE_RESULTS}
-    checkpoint = Checkpoint(out, settings, options.restart)
+    checkpoint = Checkpoint(out, options.kept(), options.restart)
     if checkpoint.resumed:
         console.print(f"going on from {checkpoint.path}", soft_wrap=True, highlight=False)
     methods = [METHODS[key] for key in options.methods]
