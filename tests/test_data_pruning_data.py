@@ -17,7 +17,7 @@ from sama_experiments.data_pruning import datasets, digits
 from sama_experiments.data_pruning.cifar import MEAN, STD
 from sama_experiments.data_pruning.digits import inject, load_digits
 from sama_experiments.data_pruning.image_folder import FolderImages, random_box
-from sama_experiments.data_pruning.images import InMemoryImages, crop_and_flip, in_order, seeded, shuffled_batches
+from sama_experiments.data_pruning.images import Images, InMemoryImages, crop_and_flip, read, seeded, shuffled_batches
 from sama_experiments.data_pruning.options import Options, parse
 
 CPU = torch.device("cpu")
@@ -25,6 +25,12 @@ CPU = torch.device("cpu")
 
 def options(folder: Path, *more: str) -> Options:
     return parse(["--data", str(folder), *more])
+
+
+def in_order(images: Images, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(indices, images as in a test) of all, batch by batch."""
+    batches = torch.arange(len(images.labels)).split(size)
+    return list(read(images, batches, [None] * len(batches)))
 
 
 def test_digits_are_those_of_mnist_5k() -> None:
@@ -220,7 +226,7 @@ def test_bad_image_folders(tmp_path: Path) -> None:
         broken.write_bytes(content)
         data = datasets.load(options(tmp_path), 0, CPU)
         with pytest.raises(ExperimentError, match=r"cat/1.png cannot be read as an image"):
-            list(in_order(data.train, 2))
+            in_order(data.train, 2)
     (tmp_path / "val" / "mouse").mkdir()
     with pytest.raises(ExperimentError, match="class mouse is in only one of"):
         datasets.load(options(tmp_path), 0, CPU)
@@ -232,7 +238,7 @@ def test_bad_image_folders(tmp_path: Path) -> None:
 def test_images_read_ahead_are_the_same(tmp_path: Path) -> None:
     write_images(tmp_path)
     data = datasets.load(options(tmp_path, "--image-size", "8"), 0, CPU)
-    ahead = list(in_order(data.train, 3))
+    ahead = in_order(data.train, 3)
     assert [index.tolist() for index, _ in ahead] == [[0, 1, 2], [3, 4, 5], [6, 7]]
     for index, images in ahead:
         assert torch.equal(images, data.train.batch(index, None))

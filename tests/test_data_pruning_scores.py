@@ -156,15 +156,15 @@ def test_learning_rates() -> None:
 
 
 def test_full_training_counts_what_it_forgets() -> None:
-    trainer = FullTraining(tiny(), SETTINGS, 0)
     history: list[dict[int, bool]] = []
-    see = trainer.forgetting.see
 
-    def watched(index: Tensor, right: Tensor) -> None:
-        history[-1].update(zip(index.tolist(), right.tolist(), strict=True))
-        see(index, right)
+    class Watched(FullTraining):
+        def after_step(self, index: Tensor, logits: Tensor) -> None:
+            super().after_step(index, logits)
+            history[-1].update((k, bool(logits[n].argmax() == labels[k])) for n, k in enumerate(index.tolist()))
 
-    trainer.forgetting.see = watched  # type: ignore[method-assign]
+    trainer = Watched(tiny(), SETTINGS, 0)
+    labels = trainer.data.train.labels
     for _ in range(4):
         history.append({})
         trainer.run_epoch()
@@ -191,8 +191,8 @@ def test_dynams_keeps_the_samples_nearest_to_the_boundary() -> None:
     settings = Settings(batch_size=10, epochs=4, dynams_warmup=1, dynams_every=1)
     trainer = DynamsTraining(tiny(), settings, 0, 0.5)
     trainer.run_epoch()
-    found = trainer.outputs(trainer.data.train)
-    distance = -scores.boundary_margin(found.logits, trainer.data.train.labels, trainer.model.head.weight)
+    logits = trainer.model(trainer.data.train.batch(torch.arange(40), None)).detach()
+    distance = -scores.boundary_margin(logits, trainer.data.train.labels, trainer.model.head.weight.detach())
     trainer.run_epoch()
     dropped = torch.ones(40, dtype=torch.bool)
     dropped[trainer.rows] = False
@@ -262,7 +262,7 @@ def test_meta_gradient_of_the_weight_net() -> None:
         uncertainty = (logits.softmax(1) - search.average(images).softmax(1)).square().sum(1).sqrt()
     assert uncertainty.min() > 1e-3
 
-    step = _WeightedStep(search, torch.arange(10), images)
+    step = _WeightedStep(search, torch.arange(10), 1.0, images)
     search.optimizer.zero_grad()
     torch.autograd.backward(step.loss())
     torch.testing.assert_close(step.weights, search.weight_net(losses, uncertainty[:, None]))
@@ -275,7 +275,7 @@ def test_meta_gradient_of_the_weight_net() -> None:
     inner = torch.stack([(a * b).sum() for a, b in zip(g, d, strict=True)]).sum()
     expected = [-search.settings.search_lr * x for x in torch.autograd.grad(inner, lam)]
 
-    search._meta_step(step, torch.arange(10, 20), meta_images)
+    search._meta_step(step, torch.arange(10, 20), 1.0, meta_images)
     for p, wanted in zip(lam, expected, strict=True):
         assert wanted.norm() > 1e-9 and p.grad is not None
         assert (p.grad - wanted).norm() < 1e-4 * wanted.norm()

@@ -48,8 +48,8 @@ class DynamsTraining(Trainer):
     def _select(self) -> None:
         before = self.seconds
         with self.clock():
-            found = self.outputs(self.data.train)
-            scores = boundary_margin(found.logits, self.data.train.labels, self.model.head.weight.detach())
+            head = self.model.head.weight.detach()
+            (scores,) = self.score(self.data.train, lambda logits, labels, _: boundary_margin(logits, labels, head))
             order = scores.argsort(descending=True, stable=True)
-            self.rows = order[: max(round(self.kept_share * len(order)), 1)].sort().values.cpu()
+            self.rows = order[: max(round(self.kept_share * len(order)), 1)].sort().values
         self.selection_seconds += self.seconds - before

@@ -163,14 +163,14 @@ class Experiment:
     def _full(self, name: str) -> Search:
         trainer = FullTraining(self.data, self.settings, self.seed)
         self._train(name, trainer)
-        margin = scores.confidence_margin(trainer.outputs(self.data.train).logits).cpu()
+        (margin,) = trainer.score(self.data.train, lambda logits, *_: scores.confidence_margin(logits))
         found = {"forgetting": trainer.forgetting.scores(), "margin": margin}
         return Search("full", self.seed, trainer.seconds, trainer.accuracy(), found)
 
     def _early(self, name: str) -> Search:
         """EL2N and GraNd, averaged over models that are trained for a few epochs, with seeds of their own."""
-        labels, total = self.data.train.labels, self.settings.early_models
-        sums, seconds, accuracy = {"el2n": torch.zeros(len(labels)), "grand": torch.zeros(len(labels))}, 0.0, 0.0
+        count, total = len(self.data.train.labels), self.settings.early_models
+        sums, seconds, accuracy = {"el2n": torch.zeros(count), "grand": torch.zeros(count)}, 0.0, 0.0
         for number in range(total):
             part = f"{name}, model {number + 1}"
             done = self.checkpoint.result(part)
@@ -178,11 +178,10 @@ class Experiment:
                 trainer = Trainer(self.data, self.settings, 1000 * self.seed + number + 1, self.settings.early_epochs)
                 self._train(part, trainer)
                 with trainer.clock():
-                    found = trainer.outputs(self.data.train)
-                    done = {
-                        "el2n": scores.el2n(found.logits, labels).cpu(),
-                        "grand": scores.grand(found.logits, labels, found.features).cpu(),
-                    }
+                    el2n, grand = trainer.score(
+                        self.data.train, lambda logits, labels, _: scores.el2n(logits, labels), scores.grand
+                    )
+                done = {"el2n": el2n, "grand": grand}
                 done |= {"seconds": trainer.seconds, "accuracy": trainer.accuracy()}
                 self.checkpoint.finish(part, done)
             for key, value in sums.items():

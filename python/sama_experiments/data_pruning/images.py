@@ -117,7 +117,7 @@ def read(
     images: Images, batches: Sequence[Tensor], draws: Sequence[torch.Generator | None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(indices, images) of each batch, augmented by what its generator draws (as in a test where that is None)."""
-    if not images.slow:
+    if not images.slow or len(batches) < 2:
         for index, own in zip(batches, draws, strict=True):
             yield index, images.batch(index, own)
         return
@@ -128,9 +128,3 @@ def read(
             if place + 1 < len(batches):
                 pending = ahead.submit(images.batch, batches[place + 1], draws[place + 1])
             yield index, current
-
-
-def in_order(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(indices, images as in a test) of all, batch by batch."""
-    batches = torch.split(torch.arange(len(images.labels)), size)
-    return read(images, batches, [None] * len(batches))

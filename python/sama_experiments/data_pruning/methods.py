@@ -55,6 +55,7 @@ class Settings:
     meta_hidden: int = 100
     unroll: int = 2
     alpha: float = 0.1
+    sync: str = "full"
     update_base: bool = False
     average_decay: float = 0.95
     early_models: int = 3

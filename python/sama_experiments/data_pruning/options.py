@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..common import processes
 from ..common.arguments import positive, positive_float
 from ..common.errors import ExperimentError
 from .methods import METHODS, Settings
@@ -110,6 +111,12 @@ def parse(arguments: list[str] | None = None) -> Options:
 def check(options: Options) -> None:
     """Refuse what contradicts itself."""
     settings = options.settings
+    if settings.batch_size < 2 * processes.world():
+        raise ExperimentError(f"--batch {settings.batch_size}: at least 2 for each of {processes.world()} processes")
+    if processes.world() > 1 and settings.sync == "final" and settings.update_base:
+        raise ExperimentError(
+            "--sync final needs --no-update-base: each process would move the base parameters its way"
+        )
     if options.limit is not None and options.limit < SMALLEST:
         raise ExperimentError(f"--limit {options.limit}: too few samples; at least {SMALLEST}")
     if options.paper is not None and options.data is None:
@@ -230,6 +237,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--meta-hidden", type=positive, default=d.meta_hidden, help="units of the weight net (default: %(default)s)")
     add("--unroll", type=positive, default=d.unroll, help="base steps per meta step (default: %(default)s)")
     add("--alpha", type=positive_float, default=d.alpha, help="size of the perturbation (default: %(default)s)")
+    add(
+        "--sync",
+        choices=("final", "full"),
+        default=d.sync,
+        help="what several processes average in a meta step: the meta gradient alone (final, the paper's; needs "
+        "--no-update-base), or all that makes it that of one process (full) (default: %(default)s)",
+    )
     add(
         "--update-base",
         action=argparse.BooleanOptionalAction,

@@ -7,12 +7,12 @@ put into the data, whether those were found.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+from ..common import processes
 from ..common.checkpoints import Checkpoint
 from ..common.errors import ExperimentError
 from ..common.processes import choose_device
@@ -53,6 +53,8 @@ def run_experiment(options: Options, console: Console) -> None:
                 listed = ", ".join(f"{100 * run.accuracy:.2f}" for run in own)
                 progress.print(f"seed {seed}: {method.title}: {listed} %")
                 runs += own
+    if processes.rank() > 0:
+        return
     results = report.Results(data, options, searches, runs)
     seconds = time.perf_counter() - started
     table_file, picture = out / "data_pruning.json", out / "data_pruning.png"
@@ -65,10 +67,12 @@ def run_experiment(options: Options, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    options = parse(arguments)
-    try:
-        run_experiment(options, Console())
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with processes.joined() as report_error:
+        with processes.first_speaks():
+            options = parse(arguments)
+        try:
+            run_experiment(options, Console(quiet=processes.rank() > 0))
+        except ExperimentError as error:
+            report_error(f"error: {error}")
+            return 2
     return 0

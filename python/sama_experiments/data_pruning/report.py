@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..common import processes
 from ..common.records import machine, versions
 from .experiment import Run, Search
 from .images import Dataset
@@ -181,6 +182,7 @@ def write_json(path: Path, results: Results, seconds: float) -> None:
     truth = results.data.truth
     content: dict[str, Any] = {
         "options": asdict(results.options),
+        "processes": processes.world(),
         "data": {
             "name": results.data.name,
             "train": len(results.data.train.labels),

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sama_kernels as sk
 
+from ..common import processes
 from .images import Dataset
 from .methods import Settings
 from .training import Trainer
@@ -43,17 +44,20 @@ class SamaSearch(Trainer):
         degenerate = []
         with self.clock():
             meta_batches = self.read(self.batches(META), META)
-            for index, images in self.read(self.batches()):
-                step = _WeightedStep(self, index, images)
+            weights = torch.zeros_like(self.summed_weights)
+            for index, share, images in self.read(self.batches()):
+                step = _WeightedStep(self, index, share, images)
                 self.optimizer.zero_grad()
-                torch.autograd.backward(step.loss())
+                torch.autograd.backward(share * step.loss())
                 self.optimizer.step()
-                if averaged:
-                    self.summed_weights[index] += step.weights.detach().cpu()
+                weights[index] = step.weights.detach().cpu()
                 self.steps += 1
                 if self.steps % self.settings.unroll == 0:
                     degenerate.append(self._meta_step(step, *next(meta_batches)))
                 self.average.update_parameters(self.model)
+            processes.sum_in_place(weights)  # each sample was seen by one process
+            if averaged:
+                self.summed_weights += weights
             self.degenerate += sum(bool(flag) for flag in degenerate)
         self.epoch += 1
 
@@ -81,17 +85,19 @@ class SamaSearch(Trainer):
         self.steps, self.degenerate = state["steps"], state["degenerate"]
         self.summed_weights = state["summed_weights"]
 
-    def _meta_step(self, step: _WeightedStep, index: Tensor, images: Tensor) -> Tensor:
+    def _meta_step(self, step: _WeightedStep, index: Tensor, share: float, images: Tensor) -> Tensor:
         """Move the weight net so that the base step just made would have lowered the loss on another batch."""
         labels = self.data.train.labels[index]
         self.meta_optimizer.zero_grad()
         out = sk.meta_backward(
             step.loss,
-            lambda: F.cross_entropy(self.model(images), labels),
+            lambda: F.cross_entropy(self.averaging_model(images), labels),
             base_params=self.model,
             meta_params=self.weight_net,
             optimizer=self.optimizer,
             alpha=self.settings.alpha,
+            sync=self.settings.sync,
+            weight=(step.share, share),
             update_base=self.settings.update_base,
         )
         self.meta_optimizer.step()
@@ -101,7 +107,8 @@ class SamaSearch(Trainer):
 class _WeightedStep:
     """The weighted loss of one batch, for the base step and the perturbed passes alike."""
 
-    def __init__(self, search: SamaSearch, index: Tensor, images: Tensor) -> None:
+    def __init__(self, search: SamaSearch, index: Tensor, share: float, images: Tensor) -> None:
+        self.share = share
         self.weights = torch.empty(0)
         labels = search.data.train.labels[index]
         with torch.no_grad():
@@ -109,7 +116,7 @@ class _WeightedStep:
 
         @sk.recorded  # keeps what the base step holds, which saves the meta step a forward pass
         def loss() -> Tensor:
-            logits = search.model(images)
+            logits = search.averaging_model(images)
             losses = F.cross_entropy(logits, labels, reduction="none")
             # Uncertainty: how far the prediction is from that of the averaged model (appendix B.3).
             uncertainty = sk.stop_gradient(torch.linalg.vector_norm(logits.softmax(dim=1) - averaged, dim=1))

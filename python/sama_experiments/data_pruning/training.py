@@ -1,32 +1,29 @@
-"""Training one classifier, epoch by epoch, in a way that can be broken off after each and resumed."""
+"""Training one classifier, epoch by epoch, in a way that can be broken off after each and resumed.
+
+Several processes take a part of every batch each, and are the same experiment as one (but for the statistics of batch
+normalisation, which are those of the parts).
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images import Dataset, Images, in_order, read, seeded, shuffled_batches
+from ..common import processes
+from .images import Dataset, Images, read, seeded, shuffled_batches
 from .methods import Settings
 from .models import Classifier, new_model
 from .scores import Forgetting
 
 SCORING_BATCH = 500
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model makes of all images, as in a test: logits [N, K] and what the last layer reads, [N, H]."""
-
-    logits: Tensor
-    features: Tensor
+Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Trainer:
@@ -50,6 +47,7 @@ class Trainer:
         self.seconds = 0.0
         device = data.train.labels.device
         self.model: Classifier = new_model(settings.model, data.channels, data.size, data.classes).to(device).train()
+        self.averaging_model = processes.averaging(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -58,26 +56,30 @@ class Trainer:
         """Train on every sample once."""
         with self.clock():
             batches = self.batches()
-            for place, (index, images) in enumerate(self.read(batches)):
+            for place, (index, share, images) in enumerate(self.read(batches)):
                 self._set_rate((self.epoch + place / len(batches)) / self.settings.epochs)
                 self.optimizer.zero_grad()
-                logits = self.model(images)
-                torch.autograd.backward(F.cross_entropy(logits, self.data.train.labels[index]))
+                logits = self.averaging_model(images)
+                torch.autograd.backward(share * F.cross_entropy(logits, self.data.train.labels[index]))
                 self.optimizer.step()
                 self.after_step(index, logits.detach())
         self.epoch += 1
 
     def after_step(self, index: Tensor, logits: Tensor) -> None:
-        """Told the samples of each batch, int64 [B], and the logits [B, K] that its step was made with."""
+        """Told the samples of (this process's part of) each batch, int64 [B], and the logits [B, K] of its step."""
 
     def batches(self, stream: int = 0) -> list[Tensor]:
         """The samples of an epoch in a random order; each ``stream`` has an order of its own."""
         return shuffled_batches(self.rows, self.settings.batch_size, seeded(self.seed, self.epoch, stream))
 
-    def read(self, batches: list[Tensor], stream: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices, augmented images) of each batch."""
-        draws = [seeded(self.seed, self.epoch, stream, place) for place in range(len(batches))]
-        return read(self.data.train, batches, draws)
+    def read(self, batches: list[Tensor], stream: int = 0) -> Iterator[tuple[Tensor, float, Tensor]]:
+        """Of this process's part of each batch: (indices, factor of the mean loss over it, augmented images)."""
+        parts = [processes.my_part(batch) for batch in batches]
+        own = processes.rank()
+        draws = [seeded(self.seed, self.epoch, stream, place, own) for place in range(len(batches))]
+        found = read(self.data.train, [part for part, _ in parts], draws)
+        for (index, images), (_, share) in zip(found, parts, strict=True):
+            yield index, share, images
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -102,17 +104,28 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
-    def outputs(self, images: Images) -> Outputs:
-        """What the model makes of all images, with running statistics in batch normalisation."""
+    def score(self, images: Images, *formulas: Formula) -> list[Tensor]:
+        """Scores of all images by what the model makes of them as in a test, each float32 [N], on the CPU.
+
+        A formula is told logits [B, K], labels [B] and what the last layer reads, [B, H]. Processes divide the batches.
+        """
+        found = torch.zeros(len(formulas), len(images.labels))
+        batches = torch.split(torch.arange(len(images.labels)), SCORING_BATCH)
+        mine = [index for place, index in enumerate(batches) if processes.is_mine(place)]
         self.model.eval()
-        features = torch.cat([self.model.body(batch) for _, batch in in_order(images, SCORING_BATCH)])
+        for index, batch in read(images, mine, [None] * len(mine)):
+            features = self.model.body(batch)
+            logits, labels = self.model.head(features), images.labels[index]
+            for scores, formula in zip(found, formulas, strict=True):
+                scores[index] = formula(logits, labels, features).float().cpu()
         self.model.train()
-        return Outputs(self.model.head(features), features)
+        processes.sum_in_place(found)
+        return list(found)
 
     def accuracy(self) -> float:
         """Share of the scored images that the model puts into the right class."""
-        found = self.outputs(self.data.scored).logits.argmax(dim=1)
-        return (found == self.data.scored.labels).double().mean().item()
+        (right,) = self.score(self.data.scored, lambda logits, labels, _: logits.argmax(dim=1) == labels)
+        return right.double().mean().item()
 
     def _set_rate(self, progress: float) -> None:
         """The learning rate after this share of the training."""
@@ -134,11 +147,18 @@ class FullTraining(Trainer):
     def __init__(self, data: Dataset, settings: Settings, seed: int) -> None:
         super().__init__(data, settings, seed, settings.epochs)
         self.forgetting = Forgetting(len(data.train.labels))
+        self._right = torch.zeros(len(data.train.labels), dtype=torch.int32)
+
+    def run_epoch(self) -> None:
+        """Train on every sample once, and note which are right."""
+        self._right.zero_()
+        super().run_epoch()
+        processes.sum_in_place(self._right)  # each sample was seen by one process
+        self.forgetting.see(self.rows, self._right > 0)
 
     def after_step(self, index: Tensor, logits: Tensor) -> None:
         """See ``Trainer``."""
-        right = logits.argmax(dim=1) == self.data.train.labels[index]
-        self.forgetting.see(index, right.cpu())
+        self._right[index] = (logits.argmax(dim=1) == self.data.train.labels[index]).int().cpu()
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, between two epochs."""
