@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sama_kernels as sk
 
 from ..common import processes
+from ..common.batches import shuffled_batches
 from ..common.encoder import EncodedTexts, TextClassifier
 from ..common.errors import ExperimentError
 from .evidence import START_GATE, ExampleEvidence
@@ -57,22 +58,6 @@ class MetaLearners(nn.Module):
         losses = F.cross_entropy(logits, targets, reduction="none")
         # The weights are functions of the loss, but the base gradient does not flow through them.
         return losses, self.weight_net(sk.stop_gradient(losses), torch.cat([features, weak], dim=1)), targets
-
-
-def shuffled_batches(index: Tensor, lengths: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Full batches of ``index`` (int64 [N]) without end, in a new order each time all have been seen.
-
-    Batches are made eight at a time, each of texts of about one length (``lengths``, int64, of all texts), so that
-    little of a batch is padding (the movie reviews have 26 tokens on average, a random batch is padded to about 40).
-    """
-    size = min(size, len(index))
-    while True:
-        order = index[torch.randperm(len(index), generator=generator).to(index.device)]
-        # What does not fill a batch is left out before sorting: else it would always be the longest texts.
-        for group in torch.split(order[: len(order) - len(order) % size], 8 * size):
-            batches = torch.split(group[lengths[group].argsort(stable=True)], size)
-            for place in torch.randperm(len(batches), generator=generator).tolist():
-                yield batches[place]
 
 
 class Trainer:
