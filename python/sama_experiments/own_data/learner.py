@@ -51,6 +51,10 @@ class Judgement:
     weights: Tensor
     targets: Tensor
 
+    def detached(self) -> Judgement:
+        """The same without the graphs behind the weights and the targets."""
+        return Judgement(*(value.detach() for value in vars(self).values()))
+
 
 class MetaLearners(nn.Module):
     """The weight net (paper, Table 6, which sees losses) and, on request, the label corrector (section 4.1).
@@ -121,7 +125,9 @@ class Learner:
             judgement = self._judge(held, batch)
             seen.append(judgement)
             losses = F.cross_entropy(logits, judgement.targets, reduction="none")
-            weighted: Tensor = (judgement.weights * losses).mean()
+            # Of the weights only their ratios count (as in Meta-Weight-Net): else the meta gradient would mostly move
+            # all of them together, which is no more than a change of the learning rate.
+            weighted: Tensor = (judgement.weights * losses).sum() / judgement.weights.sum()
             return weighted
 
         self.optimizer.zero_grad()
@@ -129,7 +135,7 @@ class Learner:
         self.optimizer.step()
         if self._meta_due():
             self._meta_step(base_loss)
-        return seen[0]
+        return seen[0].detached()
 
     @torch.no_grad()
     def judge(self, batch: Batch) -> Judgement:
@@ -180,11 +186,19 @@ class Learner:
             optimizer=self.optimizer,
             alpha=sk.relative(self.settings.alpha),
         )
+        for parameter in self.learners.parameters():
+            # SAMA's D holds the learning rate: without this the schedule would fade the meta gradient out.
+            assert parameter.grad is not None
+            parameter.grad /= self._rate()
         self.meta_optimizer.step()
 
     def _meta_due(self) -> bool:
-        late = self.step_count > self.settings.meta_start * self.steps
-        return late and self.step_count % self.settings.unroll == 0
+        """After the first epoch, or the first half of it where there is no other.
+
+        Before, rows with a large loss are those that teach most, whatever their label, and the net would learn that.
+        """
+        first = self.steps // max(2, self.settings.epochs)
+        return self.step_count > first and self.step_count % self.settings.unroll == 0
 
     def _meta_batches(self) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.settings.seed)

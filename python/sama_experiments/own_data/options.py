@@ -11,7 +11,7 @@ from ..common.arguments import layers, positive, positive_float, share
 FORMATS = "CSV, TSV, JSON Lines or Parquet, by the end of the name"
 
 WEIGH_EPILOG = """\
-Every row of the training file gets a weight between 0 and 2, learned with SAMA: a small net sees the row's loss and
+Every row of the training file gets a weight, 1 on average, learned with SAMA: a small net sees the row's loss and
 label, and is trained so that the classifier's steps on the weighted rows lower its loss on the clean rows.
 A clean set of some hundred rows whose labels you trust is enough; it guides the weights and is not trained on.
 
@@ -36,7 +36,6 @@ class Settings:
     correct: bool = False
     meta_lr: float = 5e-3
     meta_batch: int = 32
-    meta_start: float = 0.05
     meta_hidden: int = 64
     unroll: int = 2
     alpha: float = 2e-3
@@ -160,7 +159,7 @@ def _weigh(commands: Any) -> None:
         metavar="SHARE",
         help="share of the clean rows above whose suspicion a row is suspected (default: %(default)s)",
     )
-    parser.set_defaults(warmup=d.warmup, meta_start=d.meta_start)
+    parser.set_defaults(warmup=d.warmup)
 
 
 def _prune(commands: Any) -> None:

@@ -7,6 +7,8 @@ head of random weights. What counts beside the later epochs is one pass of the f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,31 +16,32 @@ from .learner import Judgement
 
 
 class Scores:
-    """Tables with an entry for each of N rows, on the CPU: 28 bytes a row.
+    """Tables with an entry for each of N rows, on the CPU: 24 bytes a row.
+
+    Args:
+        rows: N.
+        times: how often each row will be scored, the final model included.
 
     Attributes:
         margin: float32, sum of p(best other label) - p(given label).
-        weight: float32, sum of the weights.
-        visits: int32, how many were added.
-        loss, confidence: float32, of the final model.
+        weight, loss, confidence: float32, of the final nets and model.
         predicted, proposed: int32, classes; the second by the corrected label where there is a corrector.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, times: int) -> None:
+        self.times = times
         self.margin, self.weight, self.loss, self.confidence = (torch.zeros(rows) for _ in range(4))
         self.predicted, self.proposed = (torch.zeros(rows, dtype=torch.int32) for _ in range(2))
-        self.visits = torch.zeros(rows, dtype=torch.int32)
 
     def add(self, places: Tensor, judgement: Judgement, labels: Tensor) -> None:
         """Count what training found on the way; places: int64 [B], labels: int64 [B]."""
         self.margin[places] += margins(judgement.probabilities, labels).cpu()
-        self.weight[places] += judgement.weights.cpu()
-        self.visits[places] += 1
 
     def finish(self, places: Tensor, judgement: Judgement, labels: Tensor, corrects: bool) -> None:
         """What the final model says, which also counts once."""
         self.add(places, judgement, labels)
         confidence, predicted = judgement.probabilities.max(dim=1)
+        self.weight[places] = judgement.weights.cpu()
         self.loss[places] = judgement.losses.cpu()
         self.confidence[places] = confidence.cpu()
         self.predicted[places] = predicted.int().cpu()
@@ -46,17 +49,20 @@ class Scores:
 
     def suspicion(self) -> Tensor:
         """float32 [N] in [0, 1]: (1 + mean margin) / 2; above one half another label was likelier than the given."""
-        return (1 + self.margin / self.visits) / 2
+        return (1 + self.margin / self.times) / 2
 
-    def mean_weight(self) -> Tensor:
-        """float32 [N], as the paper's pruning averages the weights of the last epochs (section 4.3)."""
-        return self.weight / self.visits
+    def relative_weight(self) -> Tensor:
+        """float32 [N], with a mean of 1: only the ratios of weights count."""
+        return self.weight / self.weight.mean()
 
-    def state(self) -> dict[str, Tensor]:
+    def __len__(self) -> int:
+        return len(self.margin)
+
+    def state(self) -> dict[str, Any]:
         """For the checkpoint."""
         return vars(self)
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Back to what ``state`` gave."""
         vars(self).update(state)
 

@@ -100,8 +100,11 @@ class Weighing:
         self.epoch_steps = math.ceil(len(self.rows) / self.settings.batch)
         self.steps = self.settings.epochs * self.epoch_steps
         self.learner = Learner(encoder, files.clean, self.settings, self.steps)
-        self.scores = Scores(len(self.rows))
-        self.clean_scores = Scores(len(files.clean.texts))
+        # The first epoch counts only where there is no other.
+        self.first_counted = min(1, self.settings.epochs - 1)
+        times = self.settings.epochs - self.first_counted + 1
+        self.scores = Scores(len(self.rows), times)
+        self.clean_scores = Scores(len(files.clean.texts), times)
         self.scored = 0
         state = checkpoint.state("weigh")
         if state is not None:
@@ -116,15 +119,15 @@ class Weighing:
         self.progress.stage("training", self.steps)
         self.progress.advance(done)
         for epoch in range(done // self.epoch_steps, self.settings.epochs):
-            counts = epoch > 0 or self.settings.epochs == 1
-            for step, places in enumerate(self._batches(epoch), start=epoch * self.epoch_steps):
+            first = epoch * self.epoch_steps
+            for step, places in enumerate(self._batches(epoch), start=first):
                 if step < done:
                     continue
                 batch = self.learner.batch(self.rows.texts(places), self.rows.labels[places])
                 judgement = self.learner.step(batch)
-                if counts:
+                if epoch >= self.first_counted:
                     self.scores.add(places, judgement, batch.labels)
-                    if step == epoch * self.epoch_steps + self.epoch_steps // 2:
+                    if step == first + self.epoch_steps // 2:
                         self._look_at_clean(last=False)
                 self.progress.advance()
                 if (step + 1) % self.options.checkpoint_every == 0:
@@ -138,7 +141,8 @@ class Weighing:
         if self.scored == 0:
             self._look_at_clean(last=True)
         group = SCORED_TOGETHER * self.settings.batch
-        for number, start in enumerate(range(self.scored, len(self.rows), group), start=1):
+        since_saved = 0
+        for start in range(self.scored, len(self.rows), group):
             together = torch.arange(start, min(start + group, len(self.rows)))
             by_length = together[self.rows.lengths[together].argsort(stable=True)]
             for places in torch.split(by_length, self.settings.batch):
@@ -147,8 +151,10 @@ class Weighing:
                 self.scores.finish(places, judgement, batch.labels, self.settings.correct)
                 self.progress.advance(len(places))
             self.scored = start + len(together)
-            if number * SCORED_TOGETHER % self.options.checkpoint_every < SCORED_TOGETHER:
+            since_saved += SCORED_TOGETHER
+            if since_saved >= self.options.checkpoint_every:
                 self._save()
+                since_saved = 0
 
     def _batches(self, epoch: int) -> Iterator[Tensor]:
         """The places of the good rows in an order that only the seed and the number of the epoch decide."""
@@ -161,7 +167,7 @@ class Weighing:
 
         In the middle of an epoch, the time at which training comes by the other rows on average.
         """
-        for places in torch.split(torch.arange(len(self.clean_scores.visits)), self.settings.batch):
+        for places in torch.split(torch.arange(len(self.clean_scores)), self.settings.batch):
             batch = self.learner.clean_batch(places)
             judgement = self.learner.judge(batch)
             if last:
@@ -223,7 +229,7 @@ def _write(out: Path, options: WeighOptions, files: Files, scores: Scores, clean
     differs = scores.proposed != files.train.labels
     threshold = clean_scores.suspicion().quantile(1 - options.false_alarms).item()
     suspected = differs & (suspicion > threshold)
-    weights = scores.mean_weight()
+    weights = scores.relative_weight()
     weights_file.write(
         out,
         files.clean.classes,
@@ -253,7 +259,6 @@ def _write(out: Path, options: WeighOptions, files: Files, scores: Scores, clean
         "bad_rows_file": str(bad_rows_file(out)),
         "suspected_rows": int(suspected.sum()),
         "suspicion_threshold": threshold,
-        "mean_weight": weights.mean().item(),
     }
 
 
