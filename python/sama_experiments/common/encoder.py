@@ -149,15 +149,8 @@ class PretrainedEncoder:
         """A copy of the pretrained layers to train, with a new head (drawn from torch's global generator)."""
         return TextClassifier(copy.deepcopy(self.trained), self.width, classes, pooling, self.dropout).to(self.device)
 
-    @torch.no_grad()
-    def encode(
-        self, texts: list[str], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
-    ) -> EncodedTexts:
-        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
-
-        Several processes divide the batches. ``check_cut`` tries on a few texts whether the upper layers work over the
-        cached states; who encodes batch after batch needs that once.
-        """
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """The model's inputs for N texts, each int64 [N, T], padded to the longest."""
         encoded = self.tokenizer(
             texts,
             truncation=True,
@@ -166,7 +159,23 @@ class PretrainedEncoder:
             return_tensors="pt",
             return_attention_mask=True,
         )
-        tokens = {name: value.to(self.device) for name, value in encoded.items()}
+        return {name: value.to(self.device) for name, value in encoded.items()}
+
+    def encode(
+        self, texts: list[str], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
+    ) -> EncodedTexts:
+        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
+
+        Several processes divide the batches. ``check_cut`` tries on a few texts whether the upper layers work over the
+        cached states; who encodes batch after batch needs that once.
+        """
+        return self.encode_tokens(self.tokenize(texts), progress, check_cut)
+
+    @torch.no_grad()
+    def encode_tokens(
+        self, tokens: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
+    ) -> EncodedTexts:
+        """``encode`` for what ``tokenize`` gave, tokens masked out or not."""
         lengths = tokens["attention_mask"].sum(dim=1)
         count, longest = tokens["attention_mask"].shape
         features = torch.zeros(count, self.width, device=self.device)
@@ -174,7 +183,7 @@ class PretrainedEncoder:
         if self.train_layers is not None:
             hidden = torch.zeros(count, longest, self.width, dtype=torch.float16, device=self.device)
         # texts of one length together: hardly any padding
-        for place, index in enumerate(lengths.argsort(descending=True).split(64)):
+        for place, index in enumerate(torch.split(lengths.argsort(descending=True), 64)):
             if processes.is_mine(place):
                 cut = int(lengths[index].max())
                 inputs = {name: value[index, :cut] for name, value in tokens.items()}
