@@ -60,6 +60,12 @@ class EncodedTexts:
             return inputs
         return {"inputs_embeds": self.hidden[index, :longest].float(), "attention_mask": inputs["attention_mask"]}
 
+    def rows(self, index: Tensor) -> EncodedTexts:
+        """The rows ``index`` (int64 [B]) alone."""
+        tokens = {name: value[index] for name, value in self.tokens.items()}
+        hidden = None if self.hidden is None else self.hidden[index]
+        return EncodedTexts(tokens, self.lengths[index], self.features[index], hidden)
+
 
 class GivenHiddenStates(nn.Module):
     """Stands where the embeddings were and passes cached hidden states on."""
@@ -126,6 +132,11 @@ class PretrainedEncoder:
             )
         except (OSError, ValueError) as error:
             raise ExperimentError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
+        if self.model.config.is_encoder_decoder:
+            raise ExperimentError(f"{folder} holds a model with encoder and decoder; only one of the two can be used")
+        if self.tokenizer.pad_token is None:  # decoders have none; what it is does not matter behind an attention mask
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"
         self.model = self.model.eval().to(device)
         self.device = device
         self.max_tokens = max_tokens
@@ -150,16 +161,19 @@ class PretrainedEncoder:
         )
         return {name: value.to(self.device) for name, value in encoded.items()}
 
-    def encode(self, texts: list[str], progress: Callable[[int], None] = lambda done: None) -> EncodedTexts:
+    def encode(
+        self, texts: list[str], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
+    ) -> EncodedTexts:
         """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
 
-        Several processes divide the batches.
+        Several processes divide the batches. ``check_cut`` tries on a few texts whether the upper layers work over the
+        cached states; who encodes batch after batch needs that once.
         """
-        return self.encode_tokens(self.tokenize(texts), progress)
+        return self.encode_tokens(self.tokenize(texts), progress, check_cut)
 
     @torch.no_grad()
     def encode_tokens(
-        self, tokens: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None
+        self, tokens: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
     ) -> EncodedTexts:
         """``encode`` for what ``tokenize`` gave, tokens masked out or not."""
         lengths = tokens["attention_mask"].sum(dim=1)
@@ -185,7 +199,7 @@ class PretrainedEncoder:
         if hidden is not None:
             processes.sum_in_place(hidden)
         result = EncodedTexts(tokens, lengths, features, hidden)
-        if hidden is not None:
+        if hidden is not None and check_cut:
             self._check_cut(result)
         return result
 

