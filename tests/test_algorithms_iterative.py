@@ -11,7 +11,7 @@ from problems import Bilevel, flat, meta_grad, relative_error, same_bits, snapsh
 from torch import Tensor, nn
 
 import sama_kernels as sk
-from sama_kernels.algorithms import Iterative
+from sama_kernels.algorithms import Iterative, adam_step
 
 OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
@@ -209,3 +209,69 @@ def test_advance_moves_nothing_after_an_error() -> None:
         )  # fmt: skip
     assert all(same_bits(a, b) for a, b in zip(everything, (*net.parameters(), *net.buffers()), strict=True))
     assert torch.equal(rng, torch.get_rng_state()) and not optimizer.state
+
+
+ADAM = {
+    "plain": (torch.optim.Adam, {"lr": 0.02}),
+    "L2, maximize": (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "maximize": True, "betas": (0.8, 0.95)}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    "decoupled": (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", ADAM)
+def test_adam_in_closed_form_is_autograd_through_torchs(
+    name: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups, one parameter with fewer steps behind it, one that the base loss does not read."""
+    problem = weight_net(7, recorded=False)
+    problem.net.register_parameter("idle", nn.Parameter(torch.randn(2).double()))
+    optimizer_type, options = ADAM[name]
+    theta = list(problem.theta)
+    optimizer = optimizer_type([{"params": theta[:2]}, {"params": theta[2:], "lr": 0.05}], **options)
+    for step in range(4):
+        optimizer.zero_grad()
+        problem.base_loss().backward()
+        if step < 2:
+            theta[1].grad = None
+        optimizer.step()
+    problem.weigher.zero_grad()
+    algorithm = Iterative(steps=3, checkpoint=checkpoint)
+    made = []
+    step_itself = adam_step.step
+    monkeypatch.setattr(adam_step, "step", lambda *args: made.append(1) or step_itself(*args))
+    closed = meta_grad(problem, optimizer, algorithm=algorithm)
+    assert len(made) == (6 if checkpoint else 3)
+    monkeypatch.setattr(adam_step, "fits", lambda *_: False)
+    autograd = meta_grad(problem, optimizer, algorithm=algorithm)
+    assert len(made) == (6 if checkpoint else 3)
+    assert relative_error(flat(closed.grads), flat(autograd.grads)) < 1e-12
+    torch.testing.assert_close(closed.meta_loss, autograd.meta_loss, rtol=1e-14, atol=0)
+
+
+def test_adam_where_no_gradient_has_been() -> None:
+    """torch's differentiable step has sqrt's derivative at 0 there, and so NaN everywhere; the limit is 0."""
+    torch.manual_seed(1)
+    net = nn.Embedding(6, 3).double()
+    lam = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+
+    def base_loss() -> Tensor:
+        return (lam.exp() * net(torch.tensor([1, 4])).square().sum(1)).sum()
+
+    out = sk.meta_grad(
+        base_loss, lambda: net(torch.tensor([1, 2])).sin().sum(), base_params=net, meta_params=[lam],
+        optimizer=optimizer, algorithm=Iterative(steps=2),
+    )  # fmt: skip
+    assert out.grads[0][0] != 0 and out.grads[0][1] == 0 and not out.degenerate
+
+
+def test_what_adam_in_closed_form_leaves_to_torch() -> None:
+    p = [nn.Parameter(torch.ones(2))]
+    assert adam_step.fits(torch.optim.AdamW(p), [{}]) and adam_step.fits(torch.optim.Adam(p), [{}])
+    for optimizer in (
+        torch.optim.Adam(p, amsgrad=True), torch.optim.Adam(p, lr=torch.tensor(0.1), foreach=False),
+        torch.optim.NAdam(p), type("Mine", (torch.optim.Adam,), {})(p),
+    ):  # fmt: skip
+        assert not adam_step.fits(optimizer, [{}])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from problems import Bilevel, flat, relative_error, weight_net
-from stepping import differenced
+from stepping import adapted, differenced
 from torch import Tensor
 
 import sama_kernels as sk
@@ -121,3 +121,37 @@ def test_none_is_left_out() -> None:
     here = {getattr(torch.optim, name) for name in (*OPTIMIZERS, *SIGNS)}
     claimed = {name for name in registry.supported() if name.startswith("torch.optim.")}
     assert {f"torch.optim.{t.__name__}" for t in here} == claimed
+
+
+EXTERNAL: list[tuple[str, str, dict[str, Any]]] = [
+    ("transformers", "Adafactor", {"lr": 0.05, "relative_step": False, "scale_parameter": False}),
+    ("torchao.optim", "AdamW8bit", {"lr": 0.02}),
+    ("torchao.optim", "Adam4bit", {"lr": 0.02}),
+    ("bitsandbytes.optim", "AdamW32bit", {"lr": 0.02}),
+    ("bitsandbytes.optim", "AdamW8bit", {"lr": 0.02}),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "options"), EXTERNAL, ids=[name for _, name, _ in EXTERNAL])
+def test_optimizers_of_other_packages(
+    module: str, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D by the library's own op, which tests/test_adaptation_low_bit.py and _general.py hold against real steps."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao's step: 15 s of a C++ compiler
+    problem = weight_net(3, dtype=torch.float32)
+    theta = [p for p in problem.theta if p.ndim == 2]
+    optimizer = getattr(pytest.importorskip(module), name)(theta, **options)
+    for _ in range(3):
+        problem.step(optimizer)
+    h, mixed, d = expected_parts(problem, theta)
+
+    def adapt(x: Tensor) -> Tensor:
+        parts = [part.view(p.shape) for part, p in zip(x.split([p.numel() for p in theta]), theta, strict=True)]
+        return flat(adapted(optimizer, theta, parts, "exact", "reference")[0])
+
+    for algorithm, formula in ALGORITHMS[1:]:
+        out = sk.meta_grad(
+            problem.base_loss, problem.meta_loss, base_params=theta, meta_params=problem.weigher, optimizer=optimizer,
+            adaptation="exact", algorithm=algorithm,
+        )  # fmt: skip
+        assert relative_error(flat(out.grads), -mixed @ formula(h, d, adapt)) < 1e-3, algorithm

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels import held_values as holding
+from sama_kernels.algorithms import adam_step
 from sama_kernels.algorithms.options import Iterative
 from sama_kernels.algorithms.substitution import places, substituted
 from sama_kernels.buffers import BufferGuard
@@ -154,7 +155,17 @@ class Unroll:
             loss = self._at(theta, losses[step : step + 1] if self._options.per_step else losses)
         with self._interrupts.allowed(), self._gate.closed():
             grads = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-        # The optimizer works in place, and what it overwrites is part of the graph.
+        if adam_step.fits(self._optimizer, state):
+            moved, after = adam_step.step(self._optimizer, self._problem.base_params, theta, grads, state)
+        else:
+            moved, after = self._step_by_torch(theta, grads, state)
+        return moved, after, loss.detach()
+
+    def _step_by_torch(
+        self, theta: Sequence[Tensor], grads: Sequence[Tensor | None], state: State
+    ) -> tuple[list[Tensor], State]:
+        """The optimizer's own step, differentiated by autograd."""
+        # It works in place, and what it overwrites is part of the graph.
         moved = [x.clone() for x in theta]
         optimizer = self._copy_of_optimizer(moved)
         with warnings.catch_warnings():
@@ -166,7 +177,7 @@ class Unroll:
             optimizer.step()
             for x in moved:
                 x.grad = None
-        return moved, [dict(optimizer.state.get(x, {})) for x in moved], loss.detach()
+        return moved, [dict(optimizer.state.get(x, {})) for x in moved]
 
     def _copy_of_optimizer(self, theta: Sequence[Tensor]) -> Any:
         of = {id(p): x for p, x in zip(self._problem.base_params, theta, strict=True)}

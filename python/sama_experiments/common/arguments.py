@@ -20,3 +20,16 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: must be above 0 and finite")
     return value
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1, as a type for argparse."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    return value
+
+
+def layers(text: str) -> int | None:
+    """How many upper layers to train; ``all`` is None. A type for argparse."""
+    return None if text == "all" else positive(text)

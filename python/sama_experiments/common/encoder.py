@@ -60,6 +60,12 @@ class EncodedTexts:
             return inputs
         return {"inputs_embeds": self.hidden[index, :longest].float(), "attention_mask": inputs["attention_mask"]}
 
+    def rows(self, index: Tensor) -> EncodedTexts:
+        """The rows ``index`` (int64 [B]) alone."""
+        tokens = {name: value[index] for name, value in self.tokens.items()}
+        hidden = None if self.hidden is None else self.hidden[index]
+        return EncodedTexts(tokens, self.lengths[index], self.features[index], hidden)
+
 
 class GivenHiddenStates(nn.Module):
     """Stands where the embeddings were and passes cached hidden states on."""
@@ -126,6 +132,11 @@ class PretrainedEncoder:
             )
         except (OSError, ValueError) as error:
             raise ExperimentError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
+        if self.model.config.is_encoder_decoder:
+            raise ExperimentError(f"{folder} holds a model with encoder and decoder; only one of the two can be used")
+        if self.tokenizer.pad_token is None:  # decoders have none; what it is does not matter behind an attention mask
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"
         self.model = self.model.eval().to(device)
         self.device = device
         self.max_tokens = max_tokens
@@ -138,12 +149,8 @@ class PretrainedEncoder:
         """A copy of the pretrained layers to train, with a new head (drawn from torch's global generator)."""
         return TextClassifier(copy.deepcopy(self.trained), self.width, classes, pooling, self.dropout).to(self.device)
 
-    @torch.no_grad()
-    def encode(self, texts: list[str], progress: Callable[[int], None] = lambda done: None) -> EncodedTexts:
-        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
-
-        Several processes divide the batches.
-        """
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """The model's inputs for N texts, each int64 [N, T], padded to the longest."""
         encoded = self.tokenizer(
             texts,
             truncation=True,
@@ -152,7 +159,23 @@ class PretrainedEncoder:
             return_tensors="pt",
             return_attention_mask=True,
         )
-        tokens = {name: value.to(self.device) for name, value in encoded.items()}
+        return {name: value.to(self.device) for name, value in encoded.items()}
+
+    def encode(
+        self, texts: list[str], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
+    ) -> EncodedTexts:
+        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
+
+        Several processes divide the batches. ``check_cut`` tries on a few texts whether the upper layers work over the
+        cached states; who encodes batch after batch needs that once.
+        """
+        return self.encode_tokens(self.tokenize(texts), progress, check_cut)
+
+    @torch.no_grad()
+    def encode_tokens(
+        self, tokens: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
+    ) -> EncodedTexts:
+        """``encode`` for what ``tokenize`` gave, tokens masked out or not."""
         lengths = tokens["attention_mask"].sum(dim=1)
         count, longest = tokens["attention_mask"].shape
         features = torch.zeros(count, self.width, device=self.device)
@@ -160,7 +183,7 @@ class PretrainedEncoder:
         if self.train_layers is not None:
             hidden = torch.zeros(count, longest, self.width, dtype=torch.float16, device=self.device)
         # texts of one length together: hardly any padding
-        for place, index in enumerate(lengths.argsort(descending=True).split(64)):
+        for place, index in enumerate(torch.split(lengths.argsort(descending=True), 64)):
             if processes.is_mine(place):
                 cut = int(lengths[index].max())
                 inputs = {name: value[index, :cut] for name, value in tokens.items()}
@@ -176,7 +199,7 @@ class PretrainedEncoder:
         if hidden is not None:
             processes.sum_in_place(hidden)
         result = EncodedTexts(tokens, lengths, features, hidden)
-        if hidden is not None:
+        if hidden is not None and check_cut:
             self._check_cut(result)
         return result
 

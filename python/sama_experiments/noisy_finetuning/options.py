@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..common.arguments import positive, positive_float
+from ..common.arguments import layers, positive, positive_float
 from .methods import ALGORITHMS, METHODS, Settings, keys_of
 
 DEFAULT_METHODS = ["weak", "clean", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc", "sama-rc-clean"]
@@ -83,10 +83,6 @@ def parse(arguments: list[str] | None = None) -> Options:
     return Options(**others, settings=settings)
 
 
-def _layers(text: str) -> int | None:
-    return None if text == "all" else positive(text)
-
-
 def _labels(text: str) -> int | None:
     return None if text == "all" else positive(text)
 
@@ -124,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--train-layers",
-        type=_layers,
+        type=layers,
         default=2,
         metavar="N|all",
         help="train the N upper layers over cached lower ones, or all layers and the embeddings (default: 2)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import sama_kernels as sk
 from sama_kernels.algorithms import Algorithm, ConjugateGradient, Iterative, Neumann, Nystrom, Truncated
 
 from ..common import processes
+from ..common.batches import shuffled_batches
 from ..common.checkpoints import random_state, set_random_state
 from ..common.encoder import EncodedTexts, TextClassifier
 from ..common.errors import ExperimentError
@@ -65,22 +66,6 @@ class MetaLearners(nn.Module):
         losses = F.cross_entropy(logits, targets, reduction="none")
         # The weights are functions of the loss, but the base gradient does not flow through them.
         return losses, self.weight_net(sk.stop_gradient(losses), torch.cat([features, weak], dim=1)), targets
-
-
-def shuffled_batches(index: Tensor, lengths: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Full batches of ``index`` (int64 [N]) without end, in a new order each time all have been seen.
-
-    Batches are made eight at a time, each of texts of about one length (``lengths``, int64, of all texts), so that
-    little of a batch is padding (the movie reviews have 26 tokens on average, a random batch is padded to about 40).
-    """
-    size = min(size, len(index))
-    while True:
-        order = index[torch.randperm(len(index), generator=generator).to(index.device)]
-        # What does not fill a batch is left out before sorting: else it would always be the longest texts.
-        for group in torch.split(order[: len(order) - len(order) % size], 8 * size):
-            batches = torch.split(group[lengths[group].argsort(stable=True)], size)
-            for place in torch.randperm(len(batches), generator=generator).tolist():
-                yield batches[place]
 
 
 class Trainer:

@@ -1,0 +1,74 @@
+"""What is known of every row: sums over the epochs while training goes on, and what the final model says.
+
+A row is scored when training comes by it, before the step that uses it: that costs nothing more, and the model has seen
+the row's label once less than the number of epochs. The first epoch does not count, since the classifier begins with a
+head of random weights. What counts beside the later epochs is one pass of the final model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .learner import Judgement
+
+
+class Scores:
+    """Tables with an entry for each of N rows, on the CPU: 24 bytes a row.
+
+    Args:
+        rows: N.
+        times: how often each row will be scored, the final model included.
+
+    Attributes:
+        margin: float32, sum of p(best other label) - p(given label).
+        weight, loss, confidence: float32, of the final nets and model.
+        predicted, proposed: int32, classes; the second by the corrected label where there is a corrector.
+    """
+
+    def __init__(self, rows: int, times: int) -> None:
+        self.times = times
+        self.margin, self.weight, self.loss, self.confidence = (torch.zeros(rows) for _ in range(4))
+        self.predicted, self.proposed = (torch.zeros(rows, dtype=torch.int32) for _ in range(2))
+
+    def add(self, places: Tensor, judgement: Judgement, labels: Tensor) -> None:
+        """Count what training found on the way; places: int64 [B], labels: int64 [B]."""
+        self.margin[places] += margins(judgement.probabilities, labels).cpu()
+
+    def finish(self, places: Tensor, judgement: Judgement, labels: Tensor, corrects: bool) -> None:
+        """What the final model says, which also counts once."""
+        self.add(places, judgement, labels)
+        confidence, predicted = judgement.probabilities.max(dim=1)
+        self.weight[places] = judgement.weights.cpu()
+        self.loss[places] = judgement.losses.cpu()
+        self.confidence[places] = confidence.cpu()
+        self.predicted[places] = predicted.int().cpu()
+        self.proposed[places] = (judgement.targets.argmax(dim=1) if corrects else predicted).int().cpu()
+
+    def suspicion(self) -> Tensor:
+        """float32 [N] in [0, 1]: (1 + mean margin) / 2; above one half another label was likelier than the given."""
+        return (1 + self.margin / self.times) / 2
+
+    def relative_weight(self) -> Tensor:
+        """float32 [N], with a mean of 1: only the ratios of weights count."""
+        return self.weight / self.weight.mean()
+
+    def __len__(self) -> int:
+        return len(self.margin)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return vars(self)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Back to what ``state`` gave."""
+        vars(self).update(state)
+
+
+def margins(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """p(best other label) - p(given label), from [B, C] and int64 [B]: [B] in [-1, 1]."""
+    own = labels.unsqueeze(1)
+    given = probabilities.gather(1, own).squeeze(1)
+    return probabilities.scatter(1, own, -1.0).amax(dim=1) - given
