@@ -62,6 +62,11 @@ def test_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (source, seed) for source in ("full", "early", "sama", "truth") for seed in (0, 1)
     }
     assert all(s["degenerate"] == 0 for s in result["searches"]) and result["versions"]["torch"] == torch.__version__
+    heuristics = [key for key in METHODS if key not in ("sama", "oracle")]
+    for ratio, line in zip((0.2, 0.5), result["verdicts"], strict=False):
+        best = max(cells[key, ratio]["accuracy_mean"] for key in heuristics)
+        lead = 100 * (cells["sama", ratio]["accuracy_mean"] - best)
+        assert line.startswith(f"{100 * ratio:g} % pruned: SAMA {lead:+.2f} points against the best other")
     assert (tmp_path / "data_pruning.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "50 % pruned" in printed and "wrong labels among the pruned" in printed and "comparable" in printed
