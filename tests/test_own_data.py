@@ -25,7 +25,7 @@ from sama_experiments.own_data.pruning import highest
 from sama_experiments.own_data.scores import margins
 
 ROWS, WRONG = 150, 30
-TINY = ["--lr", "3e-3", "--epochs", "5", "--max-tokens", "12", "--batch", "16", "--meta-lr", "0.02", "--device", "cpu"]
+TINY = ["--lr", "3e-3", "--epochs", "12", "--max-tokens", "12", "--batch", "16", "--meta-lr", "0.02", "--device", "cpu"]
 BAD_LINES = ["", "{broken", '{"text": "", "label": 1}', '{"text": "<script>bad</script>", "label": "neither"}']
 COLUMNS = [
     "row",
@@ -92,7 +92,7 @@ def test_wrong_labels_are_suspected(weights: Path) -> None:
     suspected = table["suspected"]
     assert suspected[:WRONG].float().mean() > 0.8 and suspected[WRONG:].float().mean() < 0.1
     assert (table["proposed_label"] != table["label"])[suspected].all()
-    assert table["weight"][:WRONG].mean() < table["weight"][WRONG:].mean() - 0.1
+    assert table["weight"][:WRONG].mean() < table["weight"][WRONG:].mean() - 0.3
     assert ((table["suspicion"] >= 0) & (table["suspicion"] <= 1)).all() and (table["loss"] > 0).all()
     summary = weights_file.read_summary(weights)
     assert summary["rows"] == ROWS + 4 and summary["weighed_rows"] == ROWS and summary["classes"] == ["0", "1"]

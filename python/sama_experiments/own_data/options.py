@@ -16,8 +16,9 @@ label, and is trained so that the classifier's steps on the weighted rows lower 
 A clean set of some hundred rows whose labels you trust is enough; it guides the weights and is not trained on.
 
 The output has one line for each good row: row (its number in the file, from 0), label, weight, suspicion, suspected,
-proposed_label, loss, predicted_label, confidence. suspicion is (1 + p(best other label) - p(given label)) / 2, averaged
-over the epochs after the first and the end; of correctly labelled rows about --false-alarms are suspected.
+proposed_label, loss, predicted_label, confidence. suspicion, between 0 and 1, is high where the model finds another
+label likelier and the weight is low; a row is suspected where it is above that of all but --false-alarms of the clean
+rows and another label is proposed.
 
   sama-kernels weigh --train train.jsonl --clean dev.jsonl --model FOLDER --out weights.parquet
   sama-kernels prune --train train.jsonl --weights weights.parquet --keep 0.8 --out kept.jsonl --report report.html

@@ -100,11 +100,8 @@ class Weighing:
         self.epoch_steps = math.ceil(len(self.rows) / self.settings.batch)
         self.steps = self.settings.epochs * self.epoch_steps
         self.learner = Learner(encoder, files.clean, self.settings, self.steps)
-        # The first epoch counts only where there is no other.
-        self.first_counted = min(1, self.settings.epochs - 1)
-        times = self.settings.epochs - self.first_counted + 1
-        self.scores = Scores(len(self.rows), times)
-        self.clean_scores = Scores(len(files.clean.texts), times)
+        self.scores = Scores(len(self.rows))
+        self.clean_scores = Scores(len(files.clean.texts))
         self.scored = 0
         state = checkpoint.state("weigh")
         if state is not None:
@@ -125,7 +122,7 @@ class Weighing:
                     continue
                 batch = self.learner.batch(self.rows.texts(places), self.rows.labels[places])
                 judgement = self.learner.step(batch)
-                if epoch >= self.first_counted:
+                if epoch == self.settings.epochs - 1:
                     self.scores.add(places, judgement, batch.labels)
                     if step == first + self.epoch_steps // 2:
                         self._look_at_clean(last=False)
