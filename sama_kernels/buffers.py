@@ -69,6 +69,17 @@ class BufferGuard:
                     buffer.copy_(contents)
                     torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
 
+    def moved(self) -> Callable[[], None]:
+        """What brings every buffer seen so far to what it is now, for after the block."""
+        now = [(m._buffers, name, m._buffers[name]) for m, saved in self._saved.items() for name, *_ in saved]
+        values = [(buffers, name, b, b.detach().clone()) for buffers, name, b in now if b is not None]
+
+        def bring() -> None:
+            for buffers, name, buffer, contents in values:
+                buffers[name] = buffer.copy_(contents)
+
+        return bring
+
     def _save(self, module: nn.Module) -> None:
         if module._buffers and module not in self._saved:
             self._saved[module] = [

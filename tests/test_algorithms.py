@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -83,6 +84,20 @@ def test_conjugate_gradients_end_at_the_exact_inverse(seed: int) -> None:
     assert errors[0] > 1e-3 and errors[1] < 1e-9 and errors[2] < 1e-9  # and stay there
     damped = q.exact((q.a + 0.7 * ONE).inverse())
     assert relative_error(q.run(ConjugateGradient(iterations=N, damping=0.7)), damped) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_conjugate_gradients_converge_at_their_rate(seed: int) -> None:
+    """In the norm of A the error falls by (sqrt k - 1) / (sqrt k + 1) a step at least, up to a factor 2, where k is the
+    condition of A: Hestenes and Stiefel's bound (B is the identity here, so that w is seen)."""
+    q = Quadratic.random(seed, spread=20.0)
+    q.lam, q.b, q.e = torch.randn(N).double().requires_grad_(), ONE, torch.zeros(N, dtype=torch.float64)
+    exact, root = q.exact(q.a.inverse()), float(torch.linalg.cond(q.a)) ** 0.5
+    errors = [q.run(ConjugateGradient(iterations=k)) - exact for k in range(1, N)]
+    sizes = [float(x @ q.a @ x) ** 0.5 for x in (exact, *errors)]
+    bounds = [2 * sizes[0] * ((root - 1) / (root + 1)) ** k for k in range(N)]
+    assert all(size <= bound for size, bound in zip(sizes, bounds, strict=True))
+    assert sizes[-1] < 0.2 * sizes[0] and all(b < a for a, b in pairwise(sizes))
 
 
 @pytest.mark.parametrize("seed", range(3))

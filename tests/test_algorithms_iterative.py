@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from problems import Bilevel, flat, meta_grad, relative_error, same_bits, snapshot, weight_net
-from torch import Tensor
+from torch import Tensor, nn
 
 import sama_kernels as sk
-from sama_kernels.algorithms import Iterative
+from sama_kernels.algorithms import Iterative, adam_step
 
 OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
@@ -133,3 +133,145 @@ def test_what_iterative_refuses() -> None:
             lambda: (lam * x.square()).sum(), lambda: x.sum(), base_params=[x], meta_params=[lam], optimizer=sgd,
             algorithm="iterative",
         )  # fmt: skip
+
+
+def with_buffers(seed: int) -> tuple[nn.Module, Tensor, Any, Any]:
+    """Dropout and batch statistics: the steps draw random numbers and move buffers."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)
+    ).double()
+    lam = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+    x, y = torch.randn(10, 4).double(), torch.randn(10, 1).double()
+    x_meta, y_meta = torch.randn(6, 4).double(), torch.randn(6, 1).double()
+
+    def base_loss() -> Tensor:
+        return (lam.sigmoid() * (net(x) - y).square().squeeze(1)).mean()
+
+    return net, lam, base_loss, lambda: (net(x_meta) - y_meta).square().mean()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("case", [0, 1, 3, 6])
+def test_advance_makes_the_steps(case: int, before: int, checkpoint: bool) -> None:
+    """theta, the optimizer's state, buffers and the generator end where real steps lead; the meta gradient is that
+    of the same call without it."""
+    ends, grads = [], []
+    for advance in (None, False, True):
+        net, lam, base_loss, meta_loss = with_buffers(case)
+        optimizer = OPTIMIZERS[case][0](net.parameters(), **OPTIMIZERS[case][1])
+        for _ in range(before if advance is not None else before + 3):
+            optimizer.zero_grad()
+            base_loss().backward()
+            optimizer.step()
+            lam.grad = None
+        if advance is not None:
+            out = sk.meta_grad(
+                base_loss, meta_loss, base_params=net, meta_params=[lam], optimizer=optimizer,
+                algorithm=Iterative(steps=3, checkpoint=checkpoint, advance=advance),
+            )  # fmt: skip
+            grads.append(out.grads[0])
+        if advance is not False:
+            ends.append((net, optimizer, torch.rand(3)))
+    assert torch.equal(*grads) and grads[0].norm() > 0
+    (net, optimizer, drawn), (net_again, optimizer_again, drawn_again) = ends
+    assert torch.equal(drawn, drawn_again)
+    # torch creates its scalars in float32: there NAdam keeps a product, and a differentiable first step of Adam makes
+    # 1 - 0.999, which has 5 digits.
+    rtol = 1e-4 if before == 0 else 1e-6 if OPTIMIZERS[case][0] is torch.optim.NAdam else 1e-12
+    for a, b in zip((*net.parameters(), *net.buffers()), (*net_again.parameters(), *net_again.buffers()), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol / 100)
+    state, state_again = optimizer.state_dict()["state"], optimizer_again.state_dict()["state"]
+    assert state.keys() == state_again.keys()
+    for row in state:
+        for key, value in state[row].items():
+            other = state_again[row][key]
+            assert type(value) is type(other) and getattr(value, "dtype", None) == getattr(other, "dtype", None)
+            if value is not None:
+                torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(other), rtol=rtol, atol=rtol / 100)
+    optimizer_again.step()  # goes on from there
+
+
+def test_advance_moves_nothing_after_an_error() -> None:
+    net, lam, base_loss, _ = with_buffers(0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    everything = snapshot((*net.parameters(), *net.buffers()))
+    rng = torch.get_rng_state()
+
+    def fails() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sk.meta_grad(
+            base_loss, fails, base_params=net, meta_params=[lam], optimizer=optimizer,
+            algorithm=Iterative(steps=2, advance=True),
+        )  # fmt: skip
+    assert all(same_bits(a, b) for a, b in zip(everything, (*net.parameters(), *net.buffers()), strict=True))
+    assert torch.equal(rng, torch.get_rng_state()) and not optimizer.state
+
+
+ADAM = {
+    "plain": (torch.optim.Adam, {"lr": 0.02}),
+    "L2, maximize": (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "maximize": True, "betas": (0.8, 0.95)}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    "decoupled": (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", ADAM)
+def test_adam_in_closed_form_is_autograd_through_torchs(
+    name: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups, one parameter with fewer steps behind it, one that the base loss does not read."""
+    problem = weight_net(7, recorded=False)
+    problem.net.register_parameter("idle", nn.Parameter(torch.randn(2).double()))
+    optimizer_type, options = ADAM[name]
+    theta = list(problem.theta)
+    optimizer = optimizer_type([{"params": theta[:2]}, {"params": theta[2:], "lr": 0.05}], **options)
+    for step in range(4):
+        optimizer.zero_grad()
+        problem.base_loss().backward()
+        if step < 2:
+            theta[1].grad = None
+        optimizer.step()
+    problem.weigher.zero_grad()
+    algorithm = Iterative(steps=3, checkpoint=checkpoint)
+    made = []
+    step_itself = adam_step.step
+    monkeypatch.setattr(adam_step, "step", lambda *args: made.append(1) or step_itself(*args))
+    closed = meta_grad(problem, optimizer, algorithm=algorithm)
+    assert len(made) == (6 if checkpoint else 3)
+    monkeypatch.setattr(adam_step, "fits", lambda *_: False)
+    autograd = meta_grad(problem, optimizer, algorithm=algorithm)
+    assert len(made) == (6 if checkpoint else 3)
+    assert relative_error(flat(closed.grads), flat(autograd.grads)) < 1e-12
+    torch.testing.assert_close(closed.meta_loss, autograd.meta_loss, rtol=1e-14, atol=0)
+
+
+def test_adam_where_no_gradient_has_been() -> None:
+    """torch's differentiable step has sqrt's derivative at 0 there, and so NaN everywhere; the limit is 0."""
+    torch.manual_seed(1)
+    net = nn.Embedding(6, 3).double()
+    lam = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+
+    def base_loss() -> Tensor:
+        return (lam.exp() * net(torch.tensor([1, 4])).square().sum(1)).sum()
+
+    out = sk.meta_grad(
+        base_loss, lambda: net(torch.tensor([1, 2])).sin().sum(), base_params=net, meta_params=[lam],
+        optimizer=optimizer, algorithm=Iterative(steps=2),
+    )  # fmt: skip
+    assert out.grads[0][0] != 0 and out.grads[0][1] == 0 and not out.degenerate
+
+
+def test_what_adam_in_closed_form_leaves_to_torch() -> None:
+    p = [nn.Parameter(torch.ones(2))]
+    assert adam_step.fits(torch.optim.AdamW(p), [{}]) and adam_step.fits(torch.optim.Adam(p), [{}])
+    for optimizer in (
+        torch.optim.Adam(p, amsgrad=True), torch.optim.Adam(p, lr=torch.tensor(0.1), foreach=False),
+        torch.optim.NAdam(p), type("Mine", (torch.optim.Adam,), {})(p),
+    ):  # fmt: skip
+        assert not adam_step.fits(optimizer, [{}])

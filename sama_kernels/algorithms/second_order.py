@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from sama_kernels import scaling
 from sama_kernels.algorithms.hessian import BaseGradient, Vector, dot
 from sama_kernels.algorithms.implicit import solve
 from sama_kernels.algorithms.options import Algorithm, Iterative
-from sama_kernels.algorithms.unrolled import Unroll
+from sama_kernels.algorithms.unrolled import Unroll, Unrolled
+from sama_kernels.buffers import BufferGuard
 from sama_kernels.direction import adaptation_of
 from sama_kernels.distributed import Adapt, Alone, quiet, ranks_of
 from sama_kernels.distributed.sharded import is_sharded
 from sama_kernels.guards import Interrupts, RngState
+from sama_kernels.ownership import own
 from sama_kernels.passes import buffer_guard, direct_gradient
 from sama_kernels.types import MetaGradient, Problem
 
@@ -28,31 +31,53 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
     With several processes the meta gradients are averaged after the passes.
     """
     _check(problem, algorithm)
-    with (
-        Interrupts() as interrupts,
-        torch.no_grad(),
-        RngState({p.device for p in problem.base_params}) as rng,
-        buffer_guard(problem) as buffers,
-        ranks_of(problem) as ranks,
-        quiet(problem.reached),
-    ):
-        if isinstance(algorithm, Iterative):
-            out = Unroll(problem, algorithm, rng, interrupts).run()
-            found = zip(problem.meta_params, out.grads, strict=True)
-            grads = [torch.zeros_like(p) if x is None else -x for p, x in found]
-            explicit: list[Tensor | None] = [None] * len(grads)
-            meta_loss, base_loss, norm = out.loss, out.base_loss, dot(grads, grads).sqrt()
-        else:
-            meta = direct_gradient(problem, ranks, interrupts)
-            d = [torch.zeros_like(p) if x is None else x for p, x in zip(problem.base_params, meta.d, strict=True)]
-            rng.restore()
-            buffers.restore()
-            g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, interrupts)
-            adaptation = cache(lambda: adaptation_of(problem))  # not all of them ask for it, or have an optimizer
-            w = solve(algorithm, g, d, lambda x: _adapted(adaptation(), x))
-            grads, explicit = g.mixed_product(w), meta.explicit
-            meta_loss, base_loss, norm = meta.loss, g.loss, dot(w, w).sqrt()
-        return _result(problem, ranks, grads, explicit, meta_loss, base_loss, norm)
+    with Interrupts() as interrupts, torch.no_grad():
+        with (
+            RngState({p.device for p in problem.base_params}) as rng,
+            buffer_guard(problem) as buffers,
+            ranks_of(problem) as ranks,
+            quiet(problem.reached),
+        ):
+            if isinstance(algorithm, Iterative):
+                unroll = Unroll(problem, algorithm, rng, buffers, interrupts)
+                result = _result(problem, ranks, _iterative(problem, unroll.run()))
+            else:
+                result = _result(problem, ranks, _implicit(problem, algorithm, ranks, rng, buffers, interrupts))
+        if isinstance(algorithm, Iterative) and algorithm.advance:
+            unroll.advance()
+    return result
+
+
+class Found(NamedTuple):
+    """What an algorithm found: -(its part of the meta gradient), the explicit part, losses, and the norm of w."""
+
+    mixed: Vector
+    explicit: Sequence[Tensor | None]
+    meta_loss: Tensor
+    base_loss: Tensor
+    norm: Tensor
+
+
+def _iterative(problem: Problem, out: Unrolled) -> Found:
+    grads = [torch.zeros_like(p) if x is None else -x for p, x in zip(problem.meta_params, out.grads, strict=True)]
+    return Found(grads, [None] * len(grads), out.loss, out.base_loss, dot(grads, grads).sqrt())
+
+
+def _implicit(
+    problem: Problem, algorithm: Algorithm, ranks: Alone, rng: RngState, buffers: BufferGuard, interrupts: Interrupts
+) -> Found:
+    meta = direct_gradient(problem, ranks, interrupts)
+    d = [
+        torch.zeros_like(p, memory_format=torch.contiguous_format) if x is None else x.contiguous()
+        for p, x in zip(problem.base_params, own(meta.d, problem.base_params, set()), strict=True)
+    ]
+    meta.d.clear()
+    rng.restore()
+    buffers.restore()
+    g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, interrupts)
+    adaptation = cache(lambda: adaptation_of(problem))  # not all of them ask for it, or have an optimizer
+    w = solve(algorithm, g, d, lambda x: _adapted(adaptation(), x))
+    return Found(g.mixed_product(w), meta.explicit, meta.loss, g.loss, dot(w, w).sqrt())
 
 
 def _check(problem: Problem, algorithm: Algorithm) -> None:
@@ -63,6 +88,11 @@ def _check(problem: Problem, algorithm: Algorithm) -> None:
         raise NotImplementedError(f"grad_scaler: {name} takes losses as they are; use autocast to bfloat16, or SAMA")
     if problem.synchronisation is not None and problem.synchronisation.sync == "full":
         raise NotImplementedError(f'sync: "full" is for SAMA; with {name} use "final": meta gradients are averaged')
+    if problem.synchronisation is not None and isinstance(algorithm, Iterative) and algorithm.advance:
+        raise NotImplementedError(
+            "algorithm: Iterative(advance=True) would lead every process elsewhere; make the base"
+            " steps with averaged gradients, and leave advance out"
+        )
     if any(is_sharded(p) for p in (*problem.base_params, *problem.meta_params)):
         raise NotImplementedError(f"base_params, meta_params: {name} does not take sharded parameters; use SAMA")
 
@@ -74,16 +104,9 @@ def _adapted(adapt: Adapt, w: Vector) -> Vector:
     return [torch.zeros_like(x) if y is None else y for x, y in zip(w, v, strict=True)]
 
 
-def _result(
-    problem: Problem,
-    ranks: Alone,
-    mixed: Vector,
-    explicit: Sequence[Tensor | None],
-    meta_loss: Tensor,
-    base_loss: Tensor,
-    norm: Tensor,
-) -> MetaGradient:
+def _result(problem: Problem, ranks: Alone, found: Found) -> MetaGradient:
     """-mixed + explicit, averaged over the ranks."""
+    mixed, explicit, meta_loss, base_loss, norm = found
     degenerate = ~(norm.isfinite() & (norm > 0))
 
     def form(rows: Sequence[int], first: list[Tensor | None], last: Sequence[Tensor | None]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels import held_values as holding
+from sama_kernels.algorithms import adam_step
 from sama_kernels.algorithms.options import Iterative
 from sama_kernels.algorithms.substitution import places, substituted
+from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.types import Closure, Problem
 
@@ -31,10 +33,24 @@ class Unrolled:
     base_loss: Tensor
 
 
-class Unroll:
-    """Steps theta <- theta - u(g) from where theta and the optimizer's state are; neither is changed."""
+@dataclass
+class End:
+    """What the steps led to: theta and the optimizer's state, detached, the generators, and what brings the buffers."""
 
-    def __init__(self, problem: Problem, options: Iterative, rng: RngState, interrupts: Interrupts) -> None:
+    theta: list[Tensor]
+    state: State
+    rng: RngState
+    bring_buffers: Callable[[], None]
+
+
+class Unroll:
+    """Steps theta <- theta - u(g) from where theta and the optimizer's state are; `run` changes neither."""
+
+    def __init__(
+        self, problem: Problem, options: Iterative, rng: RngState, buffers: BufferGuard, interrupts: Interrupts
+    ) -> None:
+        self._buffers = buffers
+        self._end: End | None = None
         self._problem, self._options, self._interrupts = problem, options, interrupts
         self._devices = {p.device for p in problem.base_params}
         assert problem.optimizer is not None  # checks.held_by
@@ -56,6 +72,22 @@ class Unroll:
         """All steps, the meta loss after them, and back."""
         return self._checkpointed() if self._options.checkpoint else self._one_graph()
 
+    def advance(self) -> None:
+        """All <- what the steps led to, in the tensors that hold it; after `run`, and after the guards' own end."""
+        assert self._end is not None
+        self._end.rng.restore()
+        self._end.bring_buffers()
+        for p, x, new in zip(self._problem.base_params, self._end.theta, self._end.state, strict=True):
+            p.copy_(x)
+            state = self._optimizer.state[p]
+            for key, value in new.items():
+                if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
+                    state[key].copy_(value)
+                elif key in _SCALARS and isinstance(value, Tensor):  # torch's own first step makes it so
+                    state[key] = value.to(torch.promote_types(torch.get_default_dtype(), torch.float32), copy=True)
+                else:
+                    state[key] = value
+
     def _one_graph(self) -> Unrolled:
         problem = self._problem
         with torch.enable_grad():
@@ -64,6 +96,7 @@ class Unroll:
             for step in range(self._options.steps):
                 theta, state, loss = self._step(step, theta, state)
                 base_loss = loss if base_loss is None else base_loss
+            self._note_end(theta, state)
             meta_loss = self._at(theta, [problem.meta_loss])
             with self._interrupts.allowed():
                 grads = torch.autograd.grad(meta_loss, problem.meta_params, allow_unused=True)
@@ -82,6 +115,7 @@ class Unroll:
                 theta, state, loss = self._step(step, _leaves(theta), state)
             theta, state = [x.detach() for x in theta], [_detached(s) for s in state]
             losses.append(loss)
+        self._note_end(theta, state)
         with torch.enable_grad(), self._interrupts.allowed():
             theta = _leaves(theta)
             meta_loss = self._at(theta, [problem.meta_loss])
@@ -109,6 +143,11 @@ class Unroll:
             sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, own, strict=True)]
         return Unrolled(meta_loss.detach(), sums, losses[0])
 
+    def _note_end(self, theta: Sequence[Tensor], state: State) -> None:
+        if self._options.advance:
+            after = [x.detach() for x in theta], [_detached(s) for s in state]
+            self._end = End(*after, RngState(self._devices), self._buffers.moved())
+
     def _step(self, step: int, theta: Sequence[Tensor], state: State) -> tuple[list[Tensor], State, Tensor]:
         """theta and the state after one step, with their graph, and L_base before it."""
         losses = self._problem.base_losses
@@ -116,7 +155,17 @@ class Unroll:
             loss = self._at(theta, losses[step : step + 1] if self._options.per_step else losses)
         with self._interrupts.allowed(), self._gate.closed():
             grads = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-        # The optimizer works in place, and what it overwrites is part of the graph.
+        if adam_step.fits(self._optimizer, state):
+            moved, after = adam_step.step(self._optimizer, self._problem.base_params, theta, grads, state)
+        else:
+            moved, after = self._step_by_torch(theta, grads, state)
+        return moved, after, loss.detach()
+
+    def _step_by_torch(
+        self, theta: Sequence[Tensor], grads: Sequence[Tensor | None], state: State
+    ) -> tuple[list[Tensor], State]:
+        """The optimizer's own step, differentiated by autograd."""
+        # It works in place, and what it overwrites is part of the graph.
         moved = [x.clone() for x in theta]
         optimizer = self._copy_of_optimizer(moved)
         with warnings.catch_warnings():
@@ -124,11 +173,11 @@ class Unroll:
             for x, g, s in zip(moved, grads, state, strict=True):
                 x.grad = g
                 if s:
-                    optimizer.state[x] = {key: _copied(key, v, x.dtype) for key, v in s.items()}
+                    optimizer.state[x] = {key: _copied(key, v) for key, v in s.items()}
             optimizer.step()
             for x in moved:
                 x.grad = None
-        return moved, [dict(optimizer.state.get(x, {})) for x in moved], loss.detach()
+        return moved, [dict(optimizer.state.get(x, {})) for x in moved]
 
     def _copy_of_optimizer(self, theta: Sequence[Tensor]) -> Any:
         of = {id(p): x for p, x in zip(self._problem.base_params, theta, strict=True)}
@@ -188,11 +237,15 @@ class _Held(torch.autograd.Function):
 _DIFFERENTIABLE = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
 
 
-def _copied(key: str, x: Any, dtype: torch.dtype) -> Any:
-    """torch counts steps in float32, which would leave bias corrections with 7 digits in a differentiable step."""
+_SCALARS = ("step", "mu_product", "eta", "mu")
+
+
+def _copied(key: str, x: Any) -> Any:
+    """torch keeps these scalars in float32, and a differentiable step, unlike others, reckons in their dtype: the bias
+    correction 1 - 0.999^t would have 5 digits."""
     if not isinstance(x, Tensor):
         return x
-    return x.to(dtype, copy=True) if key == "step" else x.clone()
+    return x.to(torch.float64, copy=True) if key in _SCALARS else x.clone()
 
 
 def _leaves(theta: Sequence[Tensor]) -> list[Tensor]:

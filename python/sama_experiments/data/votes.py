@@ -14,18 +14,23 @@ def _one_hot_votes(votes: Tensor, classes: int) -> Tensor:
     return F.one_hot(votes + 1, classes + 1)[..., 1:].float()
 
 
-def majority_vote(votes: Tensor, classes: int, tie_breaker: torch.Generator | None = None) -> Tensor:
+def majority_vote(
+    votes: Tensor, classes: int, tie_breaker: torch.Generator | None = None, weights: Tensor | None = None
+) -> Tensor:
     """The class with the most votes.
 
     Args:
         votes: int64 [N, V], a class or ABSTAIN.
         classes: number of classes C.
         tie_breaker: draws among the tied classes; None lets a tie abstain.
+        weights: [C], what a vote for each class counts; None is 1.
 
     Returns:
         int64 [N], ABSTAIN where no labelling function votes.
     """
     counts = _one_hot_votes(votes, classes).sum(dim=1)
+    if weights is not None:
+        counts = counts * weights
     best = counts.amax(dim=1, keepdim=True)
     tied = counts == best
     if tie_breaker is None:

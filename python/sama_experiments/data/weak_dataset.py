@@ -37,7 +37,10 @@ class Split:
 
 @dataclass(frozen=True)
 class WeakDataset:
-    """A weakly labelled training split, human-labelled dev and test splits, and the names of the classes."""
+    """A weakly labelled training split, human-labelled dev and test splits, and the names of the classes.
+
+    ``vote_weights``, float64 [C], is what a vote for a class counts; None is 1 for all.
+    """
 
     name: str
     classes: list[str]
@@ -46,6 +49,7 @@ class WeakDataset:
     dev: Split
     test: Split
     random_ties: bool
+    vote_weights: Tensor | None = None
 
     def weak_labels(self) -> Tensor:
         """Majority vote on the training split: int64 [N], ABSTAIN where nobody votes.
@@ -54,7 +58,7 @@ class WeakDataset:
         are the same in every run.
         """
         generator = torch.Generator().manual_seed(0) if self.random_ties else None
-        return majority_vote(self.train.votes, len(self.classes), generator)
+        return majority_vote(self.train.votes, len(self.classes), generator, self.vote_weights)
 
     def signals(self) -> Tensor:
         """What the labelling functions say about each training text, as meta-learner input: float32 [N, F]."""

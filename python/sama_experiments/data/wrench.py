@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..common.errors import ExperimentError
 from .votes import ABSTAIN
 from .weak_dataset import Split, WeakDataset
 
 
-def load_wrench(folder: str | Path) -> WeakDataset:
-    """Read a WRENCH folder; ties of the vote are drawn at random, as WRENCH's own majority vote does."""
+def load_wrench(folder: str | Path, weighted: bool = False) -> WeakDataset:
+    """Read a WRENCH folder; ties of the vote are drawn at random, as WRENCH's own majority vote does.
+
+    With ``weighted`` a vote counts as the share of its class in the dev split (WRENCH's weighted majority vote).
+    """
     root = Path(folder)
     if not root.is_dir():
         raise ExperimentError(f"no data folder {root}")
@@ -36,7 +40,12 @@ def load_wrench(folder: str | Path) -> WeakDataset:
         dev=splits["valid"],
         test=splits["test"],
         random_ties=True,
+        vote_weights=_shares(splits["valid"], len(classes)) if weighted else None,
     )
+
+
+def _shares(split: Split, classes: int) -> Tensor:
+    return split.labels.bincount(minlength=classes).double() / len(split)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

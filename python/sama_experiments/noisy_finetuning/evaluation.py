@@ -6,12 +6,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common import processes
+from ..common.checkpoints import EVERY, Checkpoint
 from ..common.encoder import EncodedTexts, TextClassifier
 from .methods import Method, Settings
 from .training import MetaLearners, Task, Trainer
@@ -45,6 +47,13 @@ class Run:
     degenerate_meta_steps: int
     weights: SampleWeights | None
 
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Run:
+        """From its ``asdict``."""
+        weights = kept["weights"]
+        curve = [(step, score) for step, score in kept["curve"]]
+        return cls(**{**kept, "curve": curve, "weights": None if weights is None else SampleWeights(**weights)})
+
 
 @torch.no_grad()
 def accuracy(model: TextClassifier, texts: EncodedTexts, labels: Tensor, index: Tensor) -> float:
@@ -62,13 +71,26 @@ def accuracy(model: TextClassifier, texts: EncodedTexts, labels: Tensor, index: 
     return processes.total(right) / len(index)
 
 
-def run(task: Task, method: Method, settings: Settings, seed: int, on_step: Callable[[], None]) -> Run:
-    """Train one fresh classifier and score it; the clock runs during the training steps only."""
+def run(
+    task: Task, method: Method, settings: Settings, seed: int, on_step: Callable[[], None], checkpoint: Checkpoint
+) -> Run:
+    """Train one fresh classifier and score it; the clock runs during the training steps only.
+
+    What the checkpoint has of this run is not done again.
+    """
+    key = f"{method.key}, seed {seed}"
+    if (finished := checkpoint.result(key)) is not None:
+        return Run.of(finished)
     trainer = Trainer(task, method, settings, seed)
     curve: list[tuple[int, float]] = []
     curve_steps = {round(trainer.steps * i / settings.curve_points) for i in range(1, settings.curve_points)}
     times: list[float] = []
-    for step in range(1, trainer.steps + 1):
+    if (state := checkpoint.state(key)) is not None:
+        trainer.load(state["trainer"])
+        curve, times = [(step, score) for step, score in state["curve"]], state["times"]
+        for _ in times:
+            on_step()
+    for step in range(trainer.step_count + 1, trainer.steps + 1):
         started = _now(task)
         trainer.step()
         times.append(_now(task) - started)
@@ -77,8 +99,10 @@ def run(task: Task, method: Method, settings: Settings, seed: int, on_step: Call
             curve.append(
                 (step, accuracy(trainer.model, task.scored, task.scored_labels, task.scored_index[:CURVE_TEXTS]))
             )
+        if step % EVERY == 0 and step < trainer.steps:
+            checkpoint.save(key, {"trainer": trainer.state(), "curve": curve, "times": times})
     final = accuracy(trainer.model, task.scored, task.scored_labels, task.scored_index)
-    return Run(
+    found = Run(
         method=method.key,
         seed=seed,
         accuracy=final,
@@ -90,6 +114,8 @@ def run(task: Task, method: Method, settings: Settings, seed: int, on_step: Call
         degenerate_meta_steps=sum(bool(flag) for flag in trainer.degenerate),
         weights=_sample_weights(trainer, trainer.learners) if trainer.learners is not None else None,
     )
+    checkpoint.finish(key, asdict(found))
+    return found
 
 
 def typical_step_seconds(times: list[float], settings: Settings) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common import processes
+from ..common.checkpoints import Checkpoint
 from ..common.encoder import EncodedTexts, PretrainedEncoder
 from ..common.errors import ExperimentError
 from ..common.memory import peak_bytes
@@ -99,11 +100,11 @@ class Experiment:
         order = torch.randperm(len(self.dataset.dev), generator=torch.Generator().manual_seed(seed))
         return order[: self.clean_labels], order[self.clean_labels :]
 
-    def run(self, method: Method, seed: int, progress: Progress) -> Run:
-        """Train one method on one seed."""
+    def run(self, method: Method, seed: int, progress: Progress, checkpoint: Checkpoint) -> Run:
+        """Train one method on one seed, or take it up where the checkpoint has it."""
         steps = self.settings.steps if method.weak else self.settings.clean_steps
         progress.stage(f"seed {seed}: {method.title}", steps)
-        return run(self.task(seed), method, self.settings, seed, progress.advance)
+        return run(self.task(seed), method, self.settings, seed, progress.advance, checkpoint)
 
     def linear_probe(self, seed: int) -> float:
         """Accuracy of a logistic regression on frozen features, fitted to the clean labels of the seed."""

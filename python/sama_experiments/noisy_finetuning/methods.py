@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,8 @@ class Method:
         weak: trains on weakly labelled texts.
         clean: trains on the clean labels with an ordinary loss, alone or beside the weak texts.
         then_clean: the last `clean_steps` steps are finetuning on the clean labels alone, with a fresh optimizer.
-        adaptation: how the meta gradient treats the base optimizer; None is no meta learning.
+        self_training: after half of the steps, COSINE self-training.
+        algorithm: how the meta gradient is found (`sama_kernels.meta_grad`); None is no meta learning.
         corrects: has label correction beside the data weights.
         learns: whether the meta learners are trained; if not, only the base update of the meta step is left.
     """
@@ -26,14 +26,46 @@ class Method:
     weak: bool = True
     clean: bool = False
     then_clean: bool = False
-    adaptation: Literal["paper", "exact", "none"] | None = None
+    self_training: bool = False
+    algorithm: str | None = None
     corrects: bool = False
     learns: bool = True
 
     @property
     def meta(self) -> bool:
         """Whether the method has meta learners."""
-        return self.adaptation is not None
+        return self.algorithm is not None
+
+    @property
+    def sama(self) -> bool:
+        """Whether the meta gradient is SAMA's: no second derivatives, and a meta step may move the base parameters."""
+        return self.algorithm in ("sama", "sama_na")
+
+
+# Tables 8 and 9 of the paper (its "DARTS (or T1-T2)" is t1_t2), and two more.
+ALGORITHMS = {
+    "iterative": "iterative differentiation",
+    "conjugate_gradient": "conjugate gradients (iMAML)",
+    "neumann": "Neumann series",
+    "t1_t2": "T1-T2 (DARTS)",
+    "nystrom": "Nystroem",
+    "truncated": "truncated back-propagation",
+}
+
+
+def keys_of(algorithm: str) -> list[str]:
+    """The methods with this algorithm: reweighting, and with label correction."""
+    name = algorithm.replace("_", "-")
+    return [f"{name}-r", f"{name}-rc"]
+
+
+def _others() -> list[Method]:
+    found = []
+    for algorithm, title in ALGORITHMS.items():
+        r, rc = keys_of(algorithm)
+        found.append(Method(r, f"{title}, R", algorithm=algorithm))
+        found.append(Method(rc, f"{title}, R & C", algorithm=algorithm, corrects=True))
+    return found
 
 
 METHODS = {
@@ -43,12 +75,14 @@ METHODS = {
         Method("clean", "finetune on the clean labels alone", weak=False, clean=True),
         Method("pooled", "finetune on both at once, no meta learning", clean=True),
         Method("weak-clean", "finetune on weak, then on clean labels", then_clean=True),
-        Method("sama-na-r", "SAMA-NA, reweighting (R)", adaptation="none"),
-        Method("sama-na-rc", "SAMA-NA, R & C", adaptation="none", corrects=True),
-        Method("sama-r", "SAMA, reweighting (R)", adaptation="paper"),
-        Method("sama-rc-fixed", "SAMA, R & C, nets never trained", adaptation="paper", corrects=True, learns=False),
-        Method("sama-rc", "SAMA, R & label correction (R & C)", adaptation="paper", corrects=True),
-        Method("sama-rc-clean", "SAMA, R & C, then clean labels", adaptation="paper", corrects=True, then_clean=True),
+        Method("cosine", "COSINE self-training", self_training=True),
+        Method("sama-na-r", "SAMA-NA, reweighting (R)", algorithm="sama_na"),
+        Method("sama-na-rc", "SAMA-NA, R & C", algorithm="sama_na", corrects=True),
+        Method("sama-r", "SAMA, reweighting (R)", algorithm="sama"),
+        Method("sama-rc-fixed", "SAMA, R & C, nets never trained", algorithm="sama", corrects=True, learns=False),
+        Method("sama-rc", "SAMA, R & label correction (R & C)", algorithm="sama", corrects=True),
+        Method("sama-rc-clean", "SAMA, R & C, then clean labels", algorithm="sama", corrects=True, then_clean=True),
+        *_others(),
     )
 }
 
@@ -70,6 +104,7 @@ class Settings:
     unroll: int = 2
     alpha: float = 0.15
     sync: str = "full"
+    inner_terms: int = 5
     update_base: bool = True
     clean_in_base: bool = False
     clean_labels: int | None = 200

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..common.arguments import layers, positive, positive_float
-from .methods import METHODS, Settings
+from .methods import ALGORITHMS, METHODS, Settings, keys_of
 
 DEFAULT_METHODS = ["weak", "clean", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc", "sama-rc-clean"]
 
@@ -60,14 +60,23 @@ class Options:
     score_on: str
     device: str
     out: str
+    restart: bool
+    vote: str
     settings: Settings
+
+    def kept(self) -> dict[str, Any]:
+        """What the results depend on, for the checkpoint."""
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "restart", "device")}
 
 
 def parse(arguments: list[str] | None = None) -> Options:
     """Parse ``arguments`` (default: ``sys.argv``); ``--paper`` changes the defaults that other flags then override."""
     parser = _parser()
-    if parser.parse_args(arguments).paper:
+    first = parser.parse_args(arguments)
+    if first.paper:
         parser.set_defaults(**PAPER)
+    if first.algorithm:
+        parser.set_defaults(methods=["weak", *(key for name in first.algorithm for key in keys_of(name))])
     values = vars(parser.parse_args(arguments))
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     others = {field.name: values[field.name] for field in fields(Options) if field.name != "settings"}
@@ -95,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         metavar="FOLDER",
         help="a data set in WRENCH format (default: the movie reviews that come with the package)",
+    )
+    add(
+        "--vote",
+        choices=("majority", "weighted"),
+        default="majority",
+        help="the weak label of a WRENCH data set; weighted: a vote counts as its class's share of the dev split "
+        "(default: %(default)s)",
     )
     add("--limit", type=positive, metavar="N", help="use only N movie reviews (for a quick trial)")
     add(
@@ -131,6 +147,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what to train, the first being the reference for throughput and memory: {', '.join(METHODS)} "
         f"(default: {' '.join(DEFAULT_METHODS)})",
     )
+    add(
+        "--algorithm",
+        nargs="+",
+        choices=["sama", "sama_na", *ALGORITHMS],
+        metavar="NAME",
+        help="compare plain finetuning with reweighting and with label correction (R & C) by these algorithms instead: "
+        f"sama, sama_na, {', '.join(ALGORITHMS)}; attention is unfused for all if one needs second derivatives",
+    )
     # 0 to 5 were used while the settings were chosen.
     add("--seeds", nargs="+", type=int, default=[6, 7, 8], metavar="SEED", help="(default: 6 7 8)")
     add(
@@ -146,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for the JSON and the PNG (default: %(default)s)",
     )
+
+    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")
 
     group = parser.add_argument_group("base training")
     add = group.add_argument
@@ -207,6 +233,13 @@ def _parser() -> argparse.ArgumentParser:
         help="base steps before the first meta step (default: %(default)s)",
     )
     add("--unroll", type=positive, default=d.unroll, help="base steps per meta step (default: %(default)s)")
+    add(
+        "--inner-terms",
+        type=positive,
+        default=d.inner_terms,
+        metavar="K",
+        help="products with the Hessian of the algorithms that make any (default: %(default)s)",
+    )
     add(
         "--alpha",
         type=positive_float,

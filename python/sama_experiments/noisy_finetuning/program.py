@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..common import processes
+from ..common.checkpoints import Checkpoint
 from ..common.encoder import PretrainedEncoder, default_model_folder
 from ..common.errors import ExperimentError
 from ..common.processes import choose_device
@@ -27,10 +28,12 @@ from .options import Options, parse
 def load_data(options: Options) -> WeakDataset:
     """The shipped movie reviews, or the WRENCH folder that ``--data`` names."""
     if options.data is None:
+        if options.vote == "weighted":
+            raise ExperimentError("--vote weighted is for --data: the movie reviews come with a majority of 3 lexicons")
         return load_reviews(options.limit)
     if options.limit is not None:
         raise ExperimentError("--limit is for the movie reviews, not for --data")
-    return load_wrench(options.data)
+    return load_wrench(options.data, weighted=options.vote == "weighted")
 
 
 def run_experiment(options: Options, console: Console) -> None:
@@ -43,15 +46,19 @@ def run_experiment(options: Options, console: Console) -> None:
         raise ExperimentError(f"--out {out}: {error.strerror}") from error
     device = choose_device(options.device)
     folder = default_model_folder() if options.model is None else Path(options.model)
-    encoder = PretrainedEncoder(folder, options.train_layers, options.max_tokens, device)
-    dataset = load_data(options)
+    checkpoint = Checkpoint(out, options.kept(), options.restart)
     methods = [METHODS[key] for key in options.methods]
+    differentiable = any(method.meta and not method.sama for method in methods)
+    encoder = PretrainedEncoder(folder, options.train_layers, options.max_tokens, device, differentiable)
+    dataset = load_data(options)
+    if checkpoint.resumed:
+        console.print(f"going on from {checkpoint.path}", soft_wrap=True, highlight=False)
     with ProgressBars(console, len(methods) * len(options.seeds)) as progress:
         experiment = Experiment(dataset, encoder, options.settings, options.score_on, progress)
         runs = []
         for seed in options.seeds:
             for method in methods:
-                run = experiment.run(method, seed, progress)
+                run = experiment.run(method, seed, progress, checkpoint)
                 runs.append(run)
                 progress.run_done()
                 progress.print(f"{method.title}, seed {seed}: {100 * run.accuracy:.2f} % in {run.seconds:.0f} s")
@@ -61,6 +68,7 @@ def run_experiment(options: Options, console: Console) -> None:
         return
     results = report.Results(dataset, options, runs, memory, probe, processes.world())
     report.print_table(console, results)
+    checkpoint.remove()
     seconds = time.perf_counter() - started
     table_file, picture = out / "noisy_finetuning.json", out / "noisy_finetuning.png"
     report.write_json(table_file, results, seconds)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..common.records import machine, versions
 from ..data import WeakDataset
+from . import paper
 from .evaluation import Run
 from .experiment import MemoryUse
 from .methods import METHODS
@@ -78,17 +79,26 @@ def print_table(console: Console, results: Results) -> None:
     title = f"{dataset.name}: accuracy on {options.score_on}, {len(options.seeds)} seed(s)"
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for name in ("accuracy (%)", "throughput", "peak memory"):
+    beside = paper.nearest(dataset.name)
+    for name in ("accuracy (%)", "throughput", "peak memory", f"paper, {beside} (%)"):
         table.add_column(name, justify="right")
     for row in rows:
         score = f"{100 * row.accuracy_mean:.2f} ± {100 * row.accuracy_std:.2f}"
-        table.add_row(row.title, score, f"{row.throughput:.2f}×", f"{row.memory:.2f}×")
+        reported = paper.accuracy(beside, row.method)
+        cells = [score, f"{row.throughput:.2f}×", f"{row.memory:.2f}×", "" if reported is None else f"{reported:.2f}"]
+        table.add_row(row.title, *cells)
     console.print(table)
     right, coverage = dataset.weak_label_quality()
     norm = statistics.mean(run.base_norm for run in runs)
     for line in _paired_differences(runs):
         console.print(line, soft_wrap=True, highlight=False)
     alpha = options.settings.alpha
+    if beside not in dataset.name.lower():
+        console.print(
+            f"The paper's column is its {beside}, for scale only: other texts, votes, clean labels, model and steps.",
+            soft_wrap=True,
+            highlight=False,
+        )
     probe = f"{100 * statistics.mean(results.linear_probe):.2f} ± {100 * _spread(results.linear_probe):.2f} %"
     measure = next(iter(results.memory.values())).measure
     voters = ", ".join(dataset.voters) if len(dataset.voters) <= 5 else f"{len(dataset.voters)} labelling functions"
