@@ -82,14 +82,17 @@ def found(scores: torch.Tensor, wrong: torch.Tensor) -> float:
     return wrong[scores.topk(int(wrong.sum())).indices].double().mean().item()
 
 
-def score(path: Path, truth: list[str]) -> dict[str, float]:
+def score(path: Path, truth: list[str], corrected: bool) -> dict[str, float]:
     """What one run found."""
-    table = weights_file.read(path, sorted(GROUPS), COLUMNS)
+    names = [*COLUMNS, "corrected_label"] if corrected else COLUMNS
+    table = weights_file.read(path, sorted(GROUPS), names)
     right = torch.tensor([sorted(GROUPS).index(truth[row]) for row in table["row"].tolist()])
     wrong = table["label"] != right
     suspected = table["suspected"]
     kept = highest(table["weight"], 0.8)
+    labels = {"right corrected labels": (table["corrected_label"] == right).double().mean().item()} if corrected else {}
     return {
+        **labels,
         "suspicion": found(table["suspicion"], wrong),
         "low weight": found(-table["weight"], wrong),
         "loss": found(table["loss"], wrong),
@@ -126,7 +129,15 @@ def main() -> None:
             if status:
                 raise SystemExit(status)
             seconds = time.perf_counter() - started
-            runs.append({"errors": errors, "run": name, "seed": seed, "seconds": seconds, **score(weights, truth)})
+            runs.append(
+                {
+                    "errors": errors,
+                    "run": name,
+                    "seed": seed,
+                    "seconds": seconds,
+                    **score(weights, truth, "--correct" in more),
+                }
+            )
             print(json.dumps(runs[-1]), flush=True)
             given = {key: value for key, value in vars(options).items() if key not in ("data", "work", "out")}
             result = {"options": given, "groups": GROUPS, "runs": runs, "machine": machine(), "versions": versions()}

@@ -20,26 +20,27 @@ class Scores:
     Attributes:
         margin: float32, sum of p(best other label) - p(given label), of two readings.
         weight, loss, confidence: float32, of the final nets and model.
-        predicted, proposed: int32, classes; the second by the corrected label where there is a corrector.
+        proposed: int32, the class that the final model finds likeliest.
+        corrected: int32, the likeliest class of the corrected label.
     """
 
     def __init__(self, rows: int) -> None:
         self.margin, self.weight, self.loss, self.confidence = (torch.zeros(rows) for _ in range(4))
-        self.predicted, self.proposed = (torch.zeros(rows, dtype=torch.int32) for _ in range(2))
+        self.proposed, self.corrected = (torch.zeros(rows, dtype=torch.int32) for _ in range(2))
 
     def add(self, places: Tensor, judgement: Judgement, labels: Tensor) -> None:
         """Count what training found on the way; places: int64 [B], labels: int64 [B]."""
         self.margin[places] += margins(judgement.probabilities, labels).cpu()
 
-    def finish(self, places: Tensor, judgement: Judgement, labels: Tensor, corrects: bool) -> None:
+    def finish(self, places: Tensor, judgement: Judgement, labels: Tensor) -> None:
         """What the final model says, which also counts once."""
         self.add(places, judgement, labels)
-        confidence, predicted = judgement.probabilities.max(dim=1)
+        confidence, proposed = judgement.probabilities.max(dim=1)
         self.weight[places] = judgement.weights.cpu()
         self.loss[places] = judgement.losses.cpu()
         self.confidence[places] = confidence.cpu()
-        self.predicted[places] = predicted.int().cpu()
-        self.proposed[places] = (judgement.targets.argmax(dim=1) if corrects else predicted).int().cpu()
+        self.proposed[places] = proposed.int().cpu()
+        self.corrected[places] = judgement.targets.argmax(dim=1).int().cpu()
 
     def suspicion(self) -> Tensor:
         """float32 [N] in [0, 1]: how much the model disagrees and how low the weight is, in equal parts.
