@@ -65,7 +65,7 @@ class MetaLearners(nn.Module):
 
     The label that is trained on is their mean, so weighted. (After "Learning to purify noisy labels via meta soft label
     corrector", Wu et al., 2021. A net that predicts labels by itself, as in section 4.1, needs more steps than a few
-    epochs of a small set have: in 48 meta steps on 1,000 rows its predictions were right for 18 % of the rows, of six
+    epochs of a small set have: after 48 meta steps on 1,000 rows its predictions were right for 21 % of them, of six
     classes.)
     """
 
