@@ -11,13 +11,15 @@ import torch
 from killed import killed_and_resumed, read
 from test_data_pruning_data import write_cifar, write_images
 from test_data_pruning_scores import tiny
+from torch import nn
 
 from sama_experiments import data_pruning
 from sama_experiments.common.checkpoints import Checkpoint
-from sama_experiments.data_pruning import datasets
+from sama_experiments.data_pruning import datasets, training
 from sama_experiments.data_pruning.dynams import DynamsTraining
 from sama_experiments.data_pruning.experiment import Experiment
 from sama_experiments.data_pruning.methods import METHODS, Settings
+from sama_experiments.data_pruning.models import Classifier
 from sama_experiments.data_pruning.options import check, parse
 from sama_experiments.data_pruning.sama import SamaSearch
 from sama_experiments.data_pruning.training import FullTraining, Trainer
@@ -60,6 +62,11 @@ def test_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (source, seed) for source in ("full", "early", "sama", "truth") for seed in (0, 1)
     }
     assert all(s["degenerate"] == 0 for s in result["searches"]) and result["versions"]["torch"] == torch.__version__
+    heuristics = [key for key in METHODS if key not in ("sama", "oracle")]
+    for ratio, line in zip((0.2, 0.5), result["verdicts"], strict=False):
+        best = max(cells[key, ratio]["accuracy_mean"] for key in heuristics)
+        lead = 100 * (cells["sama", ratio]["accuracy_mean"] - best)
+        assert line.startswith(f"{100 * ratio:g} % pruned: SAMA {lead:+.2f} points against the best other")
     assert (tmp_path / "data_pruning.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "50 % pruned" in printed and "wrong labels among the pruned" in printed and "comparable" in printed
@@ -82,9 +89,14 @@ def test_a_killed_program_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "full", "dynams", "sama"])
-def test_every_training_resumes_after_every_epoch(tmp_path: Path, kind: str) -> None:
+def test_every_training_resumes_after_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def small_model(*_: Any) -> Classifier:
+        layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        return Classifier(nn.Sequential(*layers), 32, 3)
+
+    monkeypatch.setattr(training, "new_model", small_model)
     data = tiny()
-    settings = Settings("resnet18" if kind == "sama" else "cnn", 3, 16, search_epochs=3, averaged_epochs=2)
+    settings = Settings(epochs=3, batch_size=16, search_epochs=3, averaged_epochs=2)
 
     def fresh() -> Trainer:
         if kind == "dynams":
@@ -157,11 +169,11 @@ def test_paper_preset_on_cifar_files(tmp_path: Path) -> None:
     write_cifar(tmp_path, binary=True)
     arguments = ["--paper", "cifar10", "--data", str(tmp_path), "--limit", "20", "--seeds", "0", "--ratios", "0.5"]
     arguments += ["--epochs", "1", "--search-epochs", "1", "--averaged-epochs", "1"]
-    arguments += ["--batch", "10", "--methods", "random", "sama"]
+    arguments += ["--batch", "10", "--methods", "random", "sama", "--model", "cnn"]
     assert data_pruning.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "data_pruning.json").read_text())
     assert result["data"]["name"] == "CIFAR-10" and result["table"][1]["wrong_found"] is None
-    assert result["options"]["settings"]["model"] == "resnet18" and result["options"]["paper"] == "cifar10"
+    assert result["options"]["settings"]["alpha"] == 1.0 and result["options"]["paper"] == "cifar10"
     search = next(s for s in result["searches"] if s["source"] == "sama")
     assert search["degenerate"] == 0 and search["norm"] > 1
 

@@ -113,10 +113,6 @@ def check(options: Options) -> None:
     settings = options.settings
     if settings.batch_size < 2 * processes.world():
         raise ExperimentError(f"--batch {settings.batch_size}: at least 2 for each of {processes.world()} processes")
-    if processes.world() > 1 and settings.sync == "final" and settings.update_base:
-        raise ExperimentError(
-            "--sync final needs --no-update-base: each process would move the base parameters its way"
-        )
     if options.limit is not None and options.limit < SMALLEST:
         raise ExperimentError(f"--limit {options.limit}: too few samples; at least {SMALLEST}")
     if options.paper is not None and options.data is None:
@@ -241,8 +237,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sync",
         choices=("final", "full"),
         default=d.sync,
-        help="what several processes average in a meta step: the meta gradient alone (final, the paper's; needs "
-        "--no-update-base), or all that makes it that of one process (full) (default: %(default)s)",
+        help="what several processes average in a meta step: the meta gradient alone (final, the paper's; with "
+        "--update-base the same as full), or all that makes it that of one process (full) (default: %(default)s)",
     )
     add(
         "--update-base",

@@ -181,7 +181,7 @@ def write_json(path: Path, results: Results, seconds: float) -> None:
     """Every setting, the table, and the results of every run."""
     truth = results.data.truth
     content: dict[str, Any] = {
-        "options": asdict(results.options),
+        "options": results.options.kept(),
         "processes": processes.world(),
         "data": {
             "name": results.data.name,

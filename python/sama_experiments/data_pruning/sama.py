@@ -44,20 +44,20 @@ class SamaSearch(Trainer):
         degenerate = []
         with self.clock():
             meta_batches = self.read(self.batches(META), META)
-            weights = torch.zeros_like(self.summed_weights)
+            weights = torch.zeros(len(self.summed_weights), device=self.data.train.labels.device)
             for index, share, images in self.read(self.batches()):
                 step = _WeightedStep(self, index, share, images)
                 self.optimizer.zero_grad()
                 torch.autograd.backward(share * step.loss())
                 self.optimizer.step()
-                weights[index] = step.weights.detach().cpu()
+                weights[index] = step.weights.detach()
                 self.steps += 1
                 if self.steps % self.settings.unroll == 0:
                     degenerate.append(self._meta_step(step, *next(meta_batches)))
                 self.average.update_parameters(self.model)
             processes.sum_in_place(weights)  # each sample was seen by one process
             if averaged:
-                self.summed_weights += weights
+                self.summed_weights += weights.cpu()
             self.degenerate += sum(bool(flag) for flag in degenerate)
         self.epoch += 1
 

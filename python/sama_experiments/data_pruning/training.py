@@ -147,18 +147,18 @@ class FullTraining(Trainer):
     def __init__(self, data: Dataset, settings: Settings, seed: int) -> None:
         super().__init__(data, settings, seed, settings.epochs)
         self.forgetting = Forgetting(len(data.train.labels))
-        self._right = torch.zeros(len(data.train.labels), dtype=torch.int32)
+        self._right = torch.zeros_like(data.train.labels)
 
     def run_epoch(self) -> None:
         """Train on every sample once, and note which are right."""
         self._right.zero_()
         super().run_epoch()
         processes.sum_in_place(self._right)  # each sample was seen by one process
-        self.forgetting.see(self.rows, self._right > 0)
+        self.forgetting.see(self.rows, (self._right > 0).cpu())
 
     def after_step(self, index: Tensor, logits: Tensor) -> None:
         """See ``Trainer``."""
-        self._right[index] = (logits.argmax(dim=1) == self.data.train.labels[index]).int().cpu()
+        self._right[index] = (logits.argmax(dim=1) == self.data.train.labels[index]).long()
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, between two epochs."""

@@ -10,8 +10,8 @@ from ..common.arguments import positive, positive_float
 from .methods import METHODS, Settings
 
 # Appendix D has no table: it "closely follows the experiment setup in iMAML". So these are iMAML's for 20-way Omniglot:
-# its text (gradient descent, 25 steps, lambda 2, 16 tasks, 64 filters in the middle of our widths) and the command of
-# its published code (learning rates, 20,000 meta steps, as many query as support images).
+# its text (gradient descent, 25 steps, lambda 2; 64 filters, in the middle of our widths), its published commands
+# (learning rates, 20,000 meta steps, as many query as support images, 600 test tasks), and 16 tasks a step as in MAML.
 PAPER: dict[str, Any] = {
     "widths": [16, 32, 64, 128, 256],
     "methods": ["sama"],

@@ -157,7 +157,7 @@ def write_json(path: Path, results: Results, seconds: float, cpu_seconds: float)
     rows = table_rows(results)
     options = results.options
     content: dict[str, Any] = {
-        "options": asdict(options),
+        "options": options.kept(),
         "processes": results.processes,
         "data": {
             "name": results.characters.name,
