@@ -25,7 +25,7 @@ from sama_experiments.own_data.pruning import highest
 from sama_experiments.own_data.scores import margins
 
 ROWS, WRONG = 150, 30
-TINY = ["--lr", "3e-3", "--epochs", "5", "--max-tokens", "12", "--batch", "16", "--meta-lr", "0.02", "--device", "cpu"]
+TINY = ["--lr", "3e-3", "--epochs", "12", "--max-tokens", "12", "--batch", "16", "--meta-lr", "0.02", "--device", "cpu"]
 BAD_LINES = ["", "{broken", '{"text": "", "label": 1}', '{"text": "<script>bad</script>", "label": "neither"}']
 COLUMNS = [
     "row",
@@ -35,7 +35,6 @@ COLUMNS = [
     "suspected",
     "proposed_label",
     "loss",
-    "predicted_label",
     "confidence",
 ]
 
@@ -92,7 +91,7 @@ def test_wrong_labels_are_suspected(weights: Path) -> None:
     suspected = table["suspected"]
     assert suspected[:WRONG].float().mean() > 0.8 and suspected[WRONG:].float().mean() < 0.1
     assert (table["proposed_label"] != table["label"])[suspected].all()
-    assert table["weight"][:WRONG].mean() < table["weight"][WRONG:].mean() - 0.1
+    assert table["weight"][:WRONG].mean() < table["weight"][WRONG:].mean() - 0.3
     assert ((table["suspicion"] >= 0) & (table["suspicion"] <= 1)).all() and (table["loss"] > 0).all()
     summary = weights_file.read_summary(weights)
     assert summary["rows"] == ROWS + 4 and summary["weighed_rows"] == ROWS and summary["classes"] == ["0", "1"]
@@ -184,11 +183,13 @@ def test_formats_agree(folder: Path, weights: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(found[column], expected[column], rtol=1e-4, atol=1e-5)
 
 
-def test_corrected_labels_are_proposed(folder: Path, tmp_path: Path) -> None:
-    assert weigh(folder, tmp_path / "weights.csv", "--correct") == 0
-    table = read(tmp_path / "weights.csv")
-    truth = torch.arange(ROWS, dtype=torch.int32) % 2
-    assert (table["proposed_label"] == truth).float().mean() > 1 - WRONG / ROWS
+def test_corrected_labels(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weights.csv"
+    assert weigh(folder, out, "--correct", "--meta-lr", "0.005") == 0
+    corrected = weights_file.read(out, ["0", "1"], ["corrected_label"])["corrected_label"]
+    right = corrected == torch.arange(ROWS) % 2
+    assert right.float().mean() > 1 - WRONG / ROWS  # better than the given labels
+    assert weights_file.read_summary(out)["corrected_rows"] > 0
 
 
 def test_a_killed_run_goes_on(folder: Path, weights: Path, tmp_path: Path) -> None:

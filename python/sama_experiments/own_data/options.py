@@ -16,8 +16,10 @@ label, and is trained so that the classifier's steps on the weighted rows lower 
 A clean set of some hundred rows whose labels you trust is enough; it guides the weights and is not trained on.
 
 The output has one line for each good row: row (its number in the file, from 0), label, weight, suspicion, suspected,
-proposed_label, loss, predicted_label, confidence. suspicion is (1 + p(best other label) - p(given label)) / 2, averaged
-over the epochs after the first and the end; of correctly labelled rows about --false-alarms are suspected.
+proposed_label (the likeliest one to the model), confidence (in it), loss (of the label), and with --correct
+corrected_label. suspicion, between 0 and 1, is high where the model finds another
+label likelier and the weight is low; a row is suspected where it is above that of all but --false-alarms of the clean
+rows and another label is proposed.
 
   sama-kernels weigh --train train.jsonl --clean dev.jsonl --model FOLDER --out weights.parquet
   sama-kernels prune --train train.jsonl --weights weights.parquet --keep 0.8 --out kept.jsonl --report report.html
@@ -28,7 +30,7 @@ over the epochs after the first and the end; of correctly labelled rows about --
 class Settings:
     """Settings of the training; the defaults are those of the command line."""
 
-    epochs: int = 3
+    epochs: int = 4
     batch: int = 32
     lr: float = 2e-4
     warmup: float = 0.1
@@ -141,7 +143,7 @@ def _weigh(commands: Any) -> None:
 
     group = parser.add_argument_group("meta learning")
     add = group.add_argument
-    add("--correct", action="store_true", help="learn corrected labels too: they are what is proposed then")
+    add("--correct", action="store_true", help="learn corrected labels beside the weights, and train on them")
     add("--meta-lr", type=positive_float, default=d.meta_lr, help="Adam (default: %(default)s)")
     add("--meta-batch", type=positive, default=d.meta_batch, metavar="N", help="clean rows (default: %(default)s)")
     add("--unroll", type=positive, default=d.unroll, help="base steps per meta step (default: %(default)s)")

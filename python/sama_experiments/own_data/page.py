@@ -46,7 +46,7 @@ def page(
         _table(["", "rows"], [[key, _thousands(count)] for key, count in counts.items()], numbers={1}),
         *_bad_rows(summary),
         "<h2>Weights</h2>",
-        "<p>Learned with SAMA on the way, guided by the clean set; 1 is where all began. "
+        "<p>Learned with SAMA, guided by the clean set; their mean is 1. "
         '<span class="key" style="color:#3a76b0">kept</span>, '
         '<span class="key" style="color:#d98a3d">left out</span>.</p>',
         histogram(weights, kept),

@@ -1,8 +1,7 @@
 """What is known of every row: sums over the epochs while training goes on, and what the final model says.
 
-A row is scored when training comes by it, before the step that uses it: that costs nothing more, and the model has seen
-the row's label once less than the number of epochs. The first epoch does not count, since the classifier begins with a
-head of random weights. What counts beside the later epochs is one pass of the final model.
+In the last epoch a row is scored when training comes by it, before the step that uses it: that costs nothing more, and
+the model has seen the row's label once less. What counts beside that is one pass of the final model.
 """
 
 from __future__ import annotations
@@ -12,44 +11,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .learner import Judgement
+from .learner import LARGEST_WEIGHT, Judgement
 
 
 class Scores:
     """Tables with an entry for each of N rows, on the CPU: 24 bytes a row.
 
-    Args:
-        rows: N.
-        times: how often each row will be scored, the final model included.
-
     Attributes:
-        margin: float32, sum of p(best other label) - p(given label).
+        margin: float32, sum of p(best other label) - p(given label), of two readings.
         weight, loss, confidence: float32, of the final nets and model.
-        predicted, proposed: int32, classes; the second by the corrected label where there is a corrector.
+        proposed: int32, the class that the final model finds likeliest.
+        corrected: int32, the likeliest class of the corrected label.
     """
 
-    def __init__(self, rows: int, times: int) -> None:
-        self.times = times
+    def __init__(self, rows: int) -> None:
         self.margin, self.weight, self.loss, self.confidence = (torch.zeros(rows) for _ in range(4))
-        self.predicted, self.proposed = (torch.zeros(rows, dtype=torch.int32) for _ in range(2))
+        self.proposed, self.corrected = (torch.zeros(rows, dtype=torch.int32) for _ in range(2))
 
     def add(self, places: Tensor, judgement: Judgement, labels: Tensor) -> None:
         """Count what training found on the way; places: int64 [B], labels: int64 [B]."""
         self.margin[places] += margins(judgement.probabilities, labels).cpu()
 
-    def finish(self, places: Tensor, judgement: Judgement, labels: Tensor, corrects: bool) -> None:
+    def finish(self, places: Tensor, judgement: Judgement, labels: Tensor) -> None:
         """What the final model says, which also counts once."""
         self.add(places, judgement, labels)
-        confidence, predicted = judgement.probabilities.max(dim=1)
+        confidence, proposed = judgement.probabilities.max(dim=1)
         self.weight[places] = judgement.weights.cpu()
         self.loss[places] = judgement.losses.cpu()
         self.confidence[places] = confidence.cpu()
-        self.predicted[places] = predicted.int().cpu()
-        self.proposed[places] = (judgement.targets.argmax(dim=1) if corrects else predicted).int().cpu()
+        self.proposed[places] = proposed.int().cpu()
+        self.corrected[places] = judgement.targets.argmax(dim=1).int().cpu()
 
     def suspicion(self) -> Tensor:
-        """float32 [N] in [0, 1]: (1 + mean margin) / 2; above one half another label was likelier than the given."""
-        return (1 + self.margin / self.times) / 2
+        """float32 [N] in [0, 1]: how much the model disagrees and how low the weight is, in equal parts.
+
+        The former is (1 + mean margin) / 2, the latter 1 - weight / 2. Where all classes are as noisy as the others,
+        either finds about as many wrong labels; where some classes are, the weights find more (docs/own_data.md).
+        """
+        disagreement = (1 + self.margin / 2) / 2
+        return (disagreement + 1 - self.weight / LARGEST_WEIGHT) / 2
 
     def relative_weight(self) -> Tensor:
         """float32 [N], with a mean of 1: only the ratios of weights count."""

@@ -100,11 +100,8 @@ class Weighing:
         self.epoch_steps = math.ceil(len(self.rows) / self.settings.batch)
         self.steps = self.settings.epochs * self.epoch_steps
         self.learner = Learner(encoder, files.clean, self.settings, self.steps)
-        # The first epoch counts only where there is no other.
-        self.first_counted = min(1, self.settings.epochs - 1)
-        times = self.settings.epochs - self.first_counted + 1
-        self.scores = Scores(len(self.rows), times)
-        self.clean_scores = Scores(len(files.clean.texts), times)
+        self.scores = Scores(len(self.rows))
+        self.clean_scores = Scores(len(files.clean.texts))
         self.scored = 0
         state = checkpoint.state("weigh")
         if state is not None:
@@ -125,7 +122,7 @@ class Weighing:
                     continue
                 batch = self.learner.batch(self.rows.texts(places), self.rows.labels[places])
                 judgement = self.learner.step(batch)
-                if epoch >= self.first_counted:
+                if epoch == self.settings.epochs - 1:
                     self.scores.add(places, judgement, batch.labels)
                     if step == first + self.epoch_steps // 2:
                         self._look_at_clean(last=False)
@@ -148,7 +145,7 @@ class Weighing:
             for places in torch.split(by_length, self.settings.batch):
                 batch = self.learner.batch(self.rows.texts(places), self.rows.labels[places])
                 judgement = self.learner.judge(batch)
-                self.scores.finish(places, judgement, batch.labels, self.settings.correct)
+                self.scores.finish(places, judgement, batch.labels)
                 self.progress.advance(len(places))
             self.scored = start + len(together)
             since_saved += SCORED_TOGETHER
@@ -171,7 +168,7 @@ class Weighing:
             batch = self.learner.clean_batch(places)
             judgement = self.learner.judge(batch)
             if last:
-                self.clean_scores.finish(places, judgement, batch.labels, self.settings.correct)
+                self.clean_scores.finish(places, judgement, batch.labels)
             else:
                 self.clean_scores.add(places, judgement, batch.labels)
 
@@ -230,21 +227,19 @@ def _write(out: Path, options: WeighOptions, files: Files, scores: Scores, clean
     threshold = clean_scores.suspicion().quantile(1 - options.false_alarms).item()
     suspected = differs & (suspicion > threshold)
     weights = scores.relative_weight()
-    weights_file.write(
-        out,
-        files.clean.classes,
-        {
-            "row": files.train.rows,
-            "label": files.train.labels,
-            "weight": weights,
-            "suspicion": suspicion,
-            "suspected": suspected,
-            "proposed_label": scores.proposed,
-            "loss": scores.loss,
-            "predicted_label": scores.predicted,
-            "confidence": scores.confidence,
-        },
-    )
+    columns = {
+        "row": files.train.rows,
+        "label": files.train.labels,
+        "weight": weights,
+        "suspicion": suspicion,
+        "suspected": suspected,
+        "proposed_label": scores.proposed,
+        "confidence": scores.confidence,
+        "loss": scores.loss,
+    }
+    if options.settings.correct:
+        columns["corrected_label"] = scores.corrected
+    weights_file.write(out, files.clean.classes, columns)
     return {
         "train": options.train,
         "clean": options.clean,
@@ -259,6 +254,7 @@ def _write(out: Path, options: WeighOptions, files: Files, scores: Scores, clean
         "bad_rows_file": str(bad_rows_file(out)),
         "suspected_rows": int(suspected.sum()),
         "suspicion_threshold": threshold,
+        "corrected_rows": int((scores.corrected != files.train.labels).sum()),
     }
 
 
@@ -274,4 +270,6 @@ def _print(console: Console, out: Path, summary: dict[str, Any]) -> None:
     if summary["rows_also_in_clean"]:
         say(f"{summary['rows_also_in_clean']} rows have a text that is in --clean too")
     say(f"{summary['suspected_rows']} suspected label errors (suspicion above {summary['suspicion_threshold']:.3f})")
+    if summary["settings"]["correct"]:
+        say(f"{summary['corrected_rows']} corrected labels differ from the given ones")
     say(f"{summary['seconds']:.0f} s; wrote {out}")

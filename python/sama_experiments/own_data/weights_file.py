@@ -16,7 +16,7 @@ from ..common.errors import ExperimentError
 from .parquet import arrow, opened
 
 FORMATS = (".parquet", ".csv", ".jsonl")
-CLASS_COLUMNS = ("label", "proposed_label", "predicted_label")
+CLASS_COLUMNS = ("label", "proposed_label", "corrected_label")
 TYPES = {"row": torch.int64, "suspected": torch.bool} | dict.fromkeys(CLASS_COLUMNS, torch.int32)
 ROWS = 1 << 16  # written and read together
 
