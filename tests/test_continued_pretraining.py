@@ -30,6 +30,9 @@ TINY += [
 ]
 
 
+MORE = ["tartan-mt-own", "sama-loss", "sama-na", "sama-domain"]  # not in the default
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return make_tiny_bert(tmp_path_factory.mktemp("tiny_bert"), dropout=0.1)
@@ -42,9 +45,9 @@ def run(model_folder, out, *more: str) -> dict:
 
 
 def test_whole_program(model_folder, tmp_path, capsys):
-    result = run(model_folder, tmp_path, "--seeds", "0", "1", "--methods", *DEFAULT_METHODS, "sama-na", "sama-domain")
+    result = run(model_folder, tmp_path, "--seeds", "0", "1", "--methods", *DEFAULT_METHODS, *MORE)
     table = {row["method"]: row for row in result["table"]}
-    assert list(table) == [*DEFAULT_METHODS, "sama-na", "sama-domain"]
+    assert list(table) == [*DEFAULT_METHODS, *MORE]
     assert {(r["method"], r["seed"]) for r in result["runs"]} == {(m, s) for m in table for s in (0, 1)}
     for row in result["runs"]:
         learns = row["method"].startswith("sama")

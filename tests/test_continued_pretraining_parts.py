@@ -101,6 +101,7 @@ def test_pretrained_head_is_found_and_its_absence_too(model_folder, tmp_path):
     for name, config_type, model_type in (
         ("bert", transformers.BertConfig, transformers.BertForMaskedLM),
         ("roberta", transformers.RobertaConfig, transformers.RobertaForMaskedLM),
+        ("distilbert", transformers.DistilBertConfig, transformers.DistilBertForMaskedLM),
     ):
         config = config_type(
             vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,

