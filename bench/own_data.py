@@ -113,7 +113,7 @@ def main() -> None:
     add("--work", type=Path, required=True, metavar="FOLDER", help="for the files that are made")
     add("--out", type=Path, required=True, metavar="FOLDER", help="for own_data.json")
     add("--seeds", type=int, nargs="+", default=[10, 11], help="(default: 10 11)")
-    add("--rows", type=int, default=1200, help="(default: 1200)")
+    add("--rows", type=int, default=1000, help="(default: 1000)")
     add("--clean", type=int, default=200, help="(default: 200)")
     add("--weigh", nargs=argparse.REMAINDER, default=[], help="further flags of sama-kernels weigh, last")
     options = parser.parse_args()
