@@ -155,6 +155,15 @@ def test_prune_keeps_the_rows_of_highest_weight(folder: Path, weights: Path, tmp
     assert report.cells.count("150") == 1 and "broken JSON" in report.cells
 
 
+def test_prune_by_suspicion(folder: Path, weights: Path, tmp_path: Path) -> None:
+    assert prune(folder, weights, tmp_path, "--by", "suspicion") == 0
+    suspicion = read(weights)["suspicion"]
+    lines = (folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+    kept = {lines.index(line) for line in (tmp_path / "kept.jsonl").read_bytes().splitlines(keepends=True)}
+    assert len(kept) == round(0.8 * ROWS)
+    assert max(suspicion[list(kept)]) <= min(suspicion[list(set(range(ROWS)) - kept)])
+
+
 def test_all_rows_can_be_kept(folder: Path, weights: Path, tmp_path: Path) -> None:
     assert prune(folder, weights, tmp_path, "--keep", "1") == 0
     lines = (folder / "train.jsonl").read_bytes().splitlines(keepends=True)

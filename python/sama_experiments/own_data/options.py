@@ -70,6 +70,7 @@ class PruneOptions:
     weights: str
     train: str
     keep: float
+    by: str
     out: str
     report: str
     rows: int
@@ -174,6 +175,13 @@ def _prune(commands: Any) -> None:
     add("--weights", required=True, metavar="FILE", help="what `sama-kernels weigh` wrote")
     add("--train", required=True, metavar="FILE", help="the file that was weighed")
     add("--keep", type=share, required=True, metavar="SHARE", help="of the weighed rows, above 0, at most 1")
+    add(
+        "--by",
+        choices=("weight", "suspicion"),
+        default="weight",
+        help="keep the rows of highest weight, or of lowest suspicion, which finds label errors better where a class has "
+        "many (default: %(default)s)",
+    )
     add("--out", required=True, metavar="FILE", help="the rows to keep, in the format of --train")
     add("--report", required=True, metavar="FILE", help="an HTML page that needs no other file")
     add("--rows", type=positive, default=50, metavar="N", help="rows in each list of the report (default: %(default)s)")

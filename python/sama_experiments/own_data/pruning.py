@@ -1,4 +1,4 @@
-"""``sama-kernels prune``: writes the rows of highest weight as they are, and a report."""
+"""``sama-kernels prune``: writes the rows of highest weight, or of lowest suspicion, as they are, and a report."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prune(options: PruneOptions, console: Console) -> None:
         raise ExperimentError(
             f"--weights {weights}: holds {len(table['row'])} rows, not the {summary['weighed_rows']} that were weighed"
         )
-    kept = highest(table["weight"], options.keep)
+    kept = highest(table["weight"] if options.by == "weight" else -table["suspicion"], options.keep)
     mask = bytearray(summary["rows"])
     torch.frombuffer(mask, dtype=torch.uint8)[table["row"]] = kept.to(torch.uint8)
     partial = out.with_name(f"{out.name}.partial")
