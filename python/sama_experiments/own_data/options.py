@@ -179,8 +179,8 @@ def _prune(commands: Any) -> None:
         "--by",
         choices=("weight", "suspicion"),
         default="weight",
-        help="keep the rows of highest weight, or of lowest suspicion, which finds label errors better where a class has "
-        "many (default: %(default)s)",
+        help="keep the rows of highest weight, or of lowest suspicion, which finds label errors better where a class "
+        "has many (default: %(default)s)",
     )
     add("--out", required=True, metavar="FILE", help="the rows to keep, in the format of --train")
     add("--report", required=True, metavar="FILE", help="an HTML page that needs no other file")
