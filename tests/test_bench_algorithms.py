@@ -48,7 +48,7 @@ def test_quick_run_measures_every_algorithm(quick: Path) -> None:
             median, low, high = row["samples_per_s"]
             assert 0 < low <= median <= high and row["rounds"] == 2 and row["live_bytes"] >= plain["live_bytes"]
     ten, one = ({r["name"]: r for r in figures if r["unroll"] == u and r["source"] == OURS} for u in (10, 1))
-    assert ten["iterative"]["live_bytes"] > 3 * one["iterative"]["live_bytes"]  # ten steps' graphs
+    assert ten["iterative"]["live_bytes"] > 2 * one["iterative"]["live_bytes"]  # ten steps' graphs, one model
     assert ten["iterative, checkpoint"]["live_bytes"] < ten["iterative"]["live_bytes"]
     assert one["neumann"]["live_bytes"] > one["sama"]["live_bytes"]
 
