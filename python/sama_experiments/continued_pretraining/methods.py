@@ -86,10 +86,10 @@ class Settings:
     labels: int | None = 200
     batch_size: int = 16
     auxiliary_batch_size: int = 16
-    auxiliary_weight: float = 1.0
+    auxiliary_weight: float = 0.1
     base_lr: float = 2e-4
     warmup: float = 0.1
-    meta_lr: float = 3e-3
+    meta_lr: float = 1e-2
     meta_batch_size: int = 64
     meta_hidden: int = 64
     mean_one: bool = True
