@@ -76,4 +76,4 @@ def test_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setenv("WORLD_SIZE", "2")
     files = ["--train", "train.csv", "--clean", "dev.csv", "--out", str(tmp_path / "weights.csv")]
     assert own_data.main(["weigh", *files]) == 2
-    assert capsys.readouterr().err.startswith("error: sama-kernels runs in one process")
+    assert capsys.readouterr().err.startswith("error: this program runs in one process")

@@ -107,18 +107,23 @@ def _wide(x: Tensor) -> Tensor:
 
 def add_(a: Vector, factor: float | Tensor, b: Vector) -> Vector:
     """a += factor b, in place: a temporary costs a CPU more than the sum (4.5M elements: 32 ms instead of 5)."""
-    for x, y in zip(a, b, strict=True):
-        torch.addcmul(x, y, _like(factor, y), out=x)
+    if isinstance(factor, float):
+        torch._foreach_add_(a, b, alpha=factor)
+        return a
+    for x, y, f in zip(a, b, _like(factor, b), strict=True):
+        torch.addcmul(x, y, f, out=x)
     return a
 
 
 def scale_add_(a: Vector, factor: Tensor, b: Vector) -> Vector:
     """a <- factor a + b, in place."""
-    for x, y in zip(a, b, strict=True):
-        torch.addcmul(y, x, _like(factor, x), out=x)
+    for x, y, f in zip(a, b, _like(factor, a), strict=True):
+        torch.addcmul(y, x, f, out=x)
     return a
 
 
-def _like(factor: float | Tensor, x: Tensor) -> Tensor:
-    """The factor, 0-dim, where `x` is; as a number it would have to be read from the device."""
-    return torch.as_tensor(factor, dtype=x.dtype, device=x.device)
+def _like(factor: Tensor, vector: Vector) -> list[Tensor]:
+    """The factor, 0-dim, in the dtype and on the device of each tensor, cast once for each; as a number it would have
+    to be read from the device."""
+    cast = {key: factor.to(key[0], key[1]) for key in {(x.device, x.dtype) for x in vector}}
+    return [cast[x.device, x.dtype] for x in vector]

@@ -116,8 +116,9 @@ class Iterative(Algorithm):
     loop makes no others. After an error all is as it was.
     per_step: base_loss is a list of `steps` closures, one for each step; otherwise each step takes all of base_loss.
     checkpoint: keep theta and the state of each step instead of its graph, which is made again in the backward pass.
-    Cost: steps * 9 F + 3 F (checkpoint: steps * 12 F + 3 F); memory: steps * (n + the graph of a step), or
-    steps * 3 n + one graph. The optimizer must have torch's `differentiable` option.
+    Cost: steps * 9 F + 3 F (checkpoint: steps * 12 F + 3 F); memory: steps * (4 n for
+    Adam and AdamW, whose step has its derivative in closed form, or what autograd keeps of others + the graph of a base
+    gradient), or steps * 3 n + one graph. The optimizer must have torch's `differentiable` option.
     """
 
     steps: int = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..common import launch
 from ..common.arguments import positive, positive_float
 from ..common.errors import ExperimentError
 from ..common.records import machine, versions
@@ -186,11 +186,7 @@ def _curves(runs: list[Run], row: Row) -> dict[str, Any]:
 def run_experiment(options: argparse.Namespace, console: Console) -> None:
     """Run every algorithm on every problem; print the table and the verdict, write the JSON and the PNG."""
     started = time.perf_counter()
-    out = Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(f"--out {out}: {error.strerror}") from error
+    out = launch.out_folder(options.out)
     if options.samples < FEATURES:
         raise ExperimentError(f"--samples {options.samples}: fewer than the {FEATURES} features; lambda* is not unique")
     cases = [(beta, seed, name) for beta in options.beta for seed in options.seeds for name in ALGORITHMS]
@@ -229,10 +225,4 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    options = parse(arguments)
-    try:
-        run_experiment(options, Console())
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return launch.run_alone(lambda: parse(arguments), run_experiment)

@@ -7,8 +7,6 @@ and with weights that SAMA learns; and beside it, what the weights have made of 
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..common import launch
 from ..common.checkpoints import Checkpoint
 from ..common.encoder import PretrainedEncoder, default_model_folder
 from ..common.errors import ExperimentError
@@ -45,7 +44,7 @@ def load_data(options: Options) -> TextDataset:
 def run_experiment(options: Options, console: Console) -> None:
     """Train every method on every seed; print the tables, write the JSON and the PNG."""
     started = time.perf_counter()
-    out = _folder(options.out)
+    out = launch.out_folder(options.out)
     device = choose_device(options.device)
     folder = default_model_folder() if options.model is None else Path(options.model)
     encoder = PretrainedEncoder(folder, options.train_layers, options.max_tokens, device)
@@ -80,7 +79,7 @@ def run_experiment(options: Options, console: Console) -> None:
 
 def measure_memory(options: Options, console: Console) -> None:
     """Peak memory against model size: table, JSON and PNG."""
-    out = _folder(options.out)
+    out = launch.out_folder(options.out)
     device = choose_device(options.device)
     sizes = options.memory_sizes or memory.default_sizes(device)
     with ProgressBars(console, len(sizes) * len(options.memory_algorithms)) as progress:
@@ -97,21 +96,8 @@ def measure_memory(options: Options, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    options = parse(arguments)
-    try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ExperimentError("this program runs in one process: start it without torchrun or accelerate launch")
-        (measure_memory if options.memory else run_experiment)(options, Console())
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return launch.run_alone(lambda: parse(arguments), _work)
 
 
-def _folder(name: str) -> Path:
-    out = Path(name)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(f"--out {out}: {error.strerror}") from error
-    return out
+def _work(options: Options, console: Console) -> None:
+    (measure_memory if options.memory else run_experiment)(options, console)

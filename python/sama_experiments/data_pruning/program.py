@@ -8,13 +8,11 @@ put into the data, whether those were found.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from rich.console import Console
 
-from ..common import processes
+from ..common import launch, processes
 from ..common.checkpoints import Checkpoint
-from ..common.errors import ExperimentError
 from ..common.processes import choose_device
 from ..common.progress import ProgressBars
 from . import datasets, figure, report
@@ -27,11 +25,7 @@ def run_experiment(options: Options, console: Console) -> None:
     """Prune by every method on every seed; print the tables, write the JSON and the PNG."""
     started = time.perf_counter()
     check(options)
-    out = Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(f"--out {out}: {error.strerror}") from error
+    out = launch.out_folder(options.out)
     device = choose_device(options.device)
     checkpoint = Checkpoint(out, options.kept(), options.restart)
     if checkpoint.resumed:
@@ -67,12 +61,4 @@ def run_experiment(options: Options, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    with processes.joined() as report_error:
-        with processes.first_speaks():
-            options = parse(arguments)
-        try:
-            run_experiment(options, Console(quiet=processes.rank() > 0))
-        except ExperimentError as error:
-            report_error(f"error: {error}")
-            return 2
-    return 0
+    return launch.run(lambda: parse(arguments), run_experiment)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..common import processes
+from ..common import launch, processes
 from ..common.checkpoints import Checkpoint
 from ..common.errors import ExperimentError
 from ..common.processes import choose_device
@@ -49,11 +49,7 @@ def run_experiment(options: Options, console: Console) -> None:
     started = time.perf_counter()
     if options.settings.meta_batch < processes.world():
         raise ExperimentError(f"{processes.world()} processes: --meta-batch must be at least that")
-    out = Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(f"--out {out}: {error.strerror}") from error
+    out = launch.out_folder(options.out)
     device = choose_device(options.device)
     checkpoint = Checkpoint(out, options.kept(), options.restart)
     cases = [
@@ -107,12 +103,4 @@ def run_experiment(options: Options, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    with processes.joined() as report_error:
-        with processes.first_speaks():
-            options = parse(arguments)
-        try:
-            run_experiment(options, Console(quiet=processes.rank() > 0))
-        except ExperimentError as error:
-            report_error(f"error: {error}")
-            return 2
-    return 0
+    return launch.run(lambda: parse(arguments), run_experiment)

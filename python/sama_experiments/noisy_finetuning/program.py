@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..common import processes
+from ..common import launch, processes
 from ..common.checkpoints import Checkpoint
 from ..common.encoder import PretrainedEncoder, default_model_folder
 from ..common.errors import ExperimentError
@@ -39,11 +39,7 @@ def load_data(options: Options) -> WeakDataset:
 def run_experiment(options: Options, console: Console) -> None:
     """Train every method on every seed; print the table, write the JSON and the PNG."""
     started = time.perf_counter()
-    out = Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(f"--out {out}: {error.strerror}") from error
+    out = launch.out_folder(options.out)
     device = choose_device(options.device)
     folder = default_model_folder() if options.model is None else Path(options.model)
     checkpoint = Checkpoint(out, options.kept(), options.restart)
@@ -78,12 +74,4 @@ def run_experiment(options: Options, console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
-    with processes.joined() as report_error:
-        with processes.first_speaks():
-            options = parse(arguments)
-        try:
-            run_experiment(options, Console(quiet=processes.rank() > 0))
-        except ExperimentError as error:
-            report_error(f"error: {error}")
-            return 2
-    return 0
+    return launch.run(lambda: parse(arguments), run_experiment)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 from rich.console import Console
 
-from ..common.errors import ExperimentError
-from .options import PruneOptions, parse
+from ..common import launch
+from .options import PruneOptions, WeighOptions, parse
 from .pruning import prune
 from .weighing import weigh
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    options = parse(arguments)
-    console = Console()
-    try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ExperimentError("sama-kernels runs in one process; start it without torchrun or accelerate launch")
-        if isinstance(options, PruneOptions):
-            prune(options, console)
-        else:
-            weigh(options, console)
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return launch.run_alone(lambda: parse(arguments), _work)
+
+
+def _work(options: WeighOptions | PruneOptions, console: Console) -> None:
+    if isinstance(options, PruneOptions):
+        prune(options, console)
+    else:
+        weigh(options, console)
