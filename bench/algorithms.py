@@ -187,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         options.model, options.batch, options.tokens, options.terms, options.rounds = "toy", 2, 4, 2, 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    warnings.filterwarnings("ignore", message="We've integrated functorch", category=FutureWarning)
+    for theirs in ("We've integrated functorch", "The .grad attribute of a Tensor that is not a leaf"):  # of peers
+        warnings.filterwarnings("ignore", message=theirs)
     if options.ladder:
         rows = [header(options, device), *ladder(options.terms, options.batch, options.tokens, options.quick, device)]
         text, draw, name = algorithm_table.ladder(rows), plots.memory_ladder, f"ladder_{device.type}"

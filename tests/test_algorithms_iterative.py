@@ -219,12 +219,14 @@ ADAM = {
 }
 
 
+@pytest.mark.parametrize("piece", [9, adam_step.PIECE])
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("name", ADAM)
 def test_adam_in_closed_form_is_autograd_through_torchs(
-    name: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpoint: bool, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two groups, one parameter with fewer steps behind it, one that the base loss does not read."""
+    monkeypatch.setattr(adam_step, "PIECE", piece)
     problem = weight_net(7, recorded=False)
     problem.net.register_parameter("idle", nn.Parameter(torch.randn(2).double()))
     optimizer_type, options = ADAM[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from op_cases import SEED
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import sama_kernels as sk
 from sama_experiments.common.memory import peak_bytes
-from sama_kernels.algorithms import T1T2, Algorithm, ConjugateGradient, Neumann, Nystrom
+from sama_kernels.algorithms import T1T2, Algorithm, ConjugateGradient, Iterative, Neumann, Nystrom, adam_step
 from sama_kernels.algorithms.hessian import ROW, dot
 
 N = 500_000
@@ -40,6 +42,33 @@ def test_memory(algorithm: Algorithm, vectors: int) -> None:
     peak, _ = peak_bytes(lambda: meta_grad(theta, theta[0], lam, algorithm), torch.device("cpu"))
     graph, _ = peak_bytes(lambda: one_product(theta[0], lam), torch.device("cpu"))
     assert peak < (vectors + 0.5) * 4 * N + graph, f"{peak / 4 / N:.2f} n, of which the graph {graph / 4 / N:.2f} n"
+
+
+def test_memory_of_iterative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Adam: g, theta', m', s', the adjoints of theta' and g, and the graph; of each further step the first four
+    and its graph, as documented."""
+    torch.manual_seed(SEED)
+    parts = 20
+    monkeypatch.setattr(adam_step, "PIECE", N // parts)
+    theta = nn.ParameterList([torch.randn(N // parts) for _ in range(parts)])
+    lam = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.Adam(theta)
+
+    def base_loss() -> Tensor:
+        return lam * torch.stack([p.square().sum() for p in theta]).sum()  # its graph: n
+
+    def run(steps: int) -> None:
+        sk.meta_grad(
+            base_loss, lambda: torch.stack([p.square().sum() for p in theta]).sum(), base_params=theta,
+            meta_params=[lam], optimizer=optimizer, algorithm=Iterative(steps=steps, advance=True),
+        )  # fmt: skip
+
+    base_loss().backward()
+    optimizer.step()
+    run(1)
+    peaks = {steps: peak_bytes(partial(run, steps), torch.device("cpu"))[0] / 4 / N for steps in (1, 2, 5)}
+    assert peaks[1] < 7.5, peaks
+    assert peaks[5] - peaks[2] < 3 * 5.1, peaks
 
 
 def one_product(p: Tensor, lam: Tensor) -> None:

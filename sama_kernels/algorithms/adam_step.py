@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 State = list[dict[str, Any]]
 
+PIECE = 1 << 22
+"""Elements whose adjoints are made at a time."""
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -103,8 +106,10 @@ class _AdamStep(torch.autograd.Function):
         torch._foreach_addcmul_(s, seen, seen, 1 - hyper.beta2)
         decay = 1 - hyper.lr * hyper.weight_decay if hyper.decoupled else 1.0
         moved = torch._foreach_mul(theta, decay)
-        _, denominator = _denominator(hyper, s)
-        torch._foreach_addcdiv_(moved, m, denominator, -hyper.step_size)
+        for rows in _pieces(m):
+            denominator = _root(hyper, s[rows])
+            torch._foreach_add_(denominator, hyper.eps)
+            torch._foreach_addcdiv_(moved[rows], m[rows], denominator, -hyper.step_size)
         ctx.hyper, ctx.n, ctx.decay = hyper, n, decay
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*g, *(theta if _l2(hyper) else ()), *m, *s)
@@ -114,33 +119,64 @@ class _AdamStep(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
         hyper, n, saved = ctx.hyper, ctx.n, ctx.saved_tensors
-        g, m, s = saved[:n], saved[-2 * n : -n], saved[-n:]
-        seen = _seen(hyper, list(g), list(saved[n : 2 * n]) if _l2(hyper) else [])
-        a, p, q = (
-            [torch.zeros_like(y) if x is None else x for x, y in zip(adjoint[k * n : (k + 1) * n], m, strict=True)]
-            for k in range(3)
-        )
-        root, denominator = _denominator(hyper, list(s))
-        # theta' = ... - size m' / (r + eps) with r = sqrt(s') / c: of m' it gets -size a / (r + eps) =: x, of s'
-        # -x m' / (r + eps) / (2 r c^2), which is 0 where no gradient has been: there sqrt has no derivative.
-        x = torch._foreach_div(a, denominator)
-        torch._foreach_mul_(x, -hyper.step_size)
-        through_root = torch._foreach_mul(x, m)
-        torch._foreach_mul_(denominator, root)
-        torch._foreach_mul_(denominator, -2 * hyper.root_correction**2)
-        torch._foreach_div_(through_root, denominator)
-        of_s = [torch.where(y == 0, 0.0, z).add_(w) for y, z, w in zip(root, through_root, q, strict=True)]
-        of_m = torch._foreach_add(x, p)
-        of_g = torch._foreach_mul(of_m, 1 - hyper.beta1)
-        torch._foreach_addcmul_(of_g, of_s, seen, 2 * (1 - hyper.beta2))
-        of_theta = list(torch._foreach_mul(a, ctx.decay))
-        if _l2(hyper):
-            torch._foreach_add_(of_theta, of_g, alpha=hyper.weight_decay)
-        if hyper.sign < 0:
-            torch._foreach_neg_(of_g)
-        torch._foreach_mul_(of_m, hyper.beta1)
-        torch._foreach_mul_(of_s, hyper.beta2)
-        return None, *of_g, *of_theta, *of_m, *of_s
+        g, theta, m, s = saved[:n], saved[n : 2 * n], saved[-2 * n : -n], saved[-n:]
+        wanted = [any(ctx.needs_input_grad[1 + k * n : 1 + (k + 1) * n]) for k in range(4)]
+        found: list[list[Tensor | None]] = [[], [], [], []]
+        for rows in _pieces(m):
+            of_moved, of_m, of_s = (list(adjoint[k * n : (k + 1) * n][rows]) for k in range(3))
+            seen = _seen(hyper, list(g[rows]), list(theta[rows]) if _l2(hyper) else [])
+            part = _back(hyper, ctx.decay, wanted, seen, list(m[rows]), list(s[rows]), of_moved, of_m, of_s)
+            for all_of, those in zip(found, part, strict=True):
+                all_of += those if those is not None else [None] * len(of_m)
+        return None, *found[0], *found[1], *found[2], *found[3]
+
+
+def _pieces(tensors: Sequence[Tensor]) -> list[slice]:
+    """Of about PIECE elements, or one tensor: what is made on the way is then small beside the model."""
+    pieces, begin, size = [], 0, 0
+    for row, x in enumerate(tensors):
+        size += x.numel()
+        if size >= PIECE or row == len(tensors) - 1:
+            pieces.append(slice(begin, row + 1))
+            begin, size = row + 1, 0
+    return pieces
+
+
+def _back(
+    hyper: Hyperparameters, decay: float, wanted: Sequence[bool], seen: list[Tensor], m: list[Tensor], s: list[Tensor],
+    adjoint: list[Tensor | None], adjoint_m: list[Tensor | None], adjoint_s: list[Tensor | None],
+) -> tuple[list[Tensor] | None, ...]:  # fmt: skip
+    """The adjoints of g, theta, m and s (those that are `wanted`) from those of theta', m' and s'."""
+    a = [torch.zeros_like(y) if x is None else x for x, y in zip(adjoint, m, strict=True)]
+    root = _root(hyper, s)
+    denominator = torch._foreach_add(root, hyper.eps)
+    # theta' = ... - size m' / (r + eps) with r = sqrt(s') / c: of m' it gets -size a / (r + eps) =: x, of s'
+    # -x m' / (r + eps) / (2 r c^2), which is 0 where no gradient has been: there sqrt has no derivative.
+    of_m = list(torch._foreach_div(a, denominator))
+    torch._foreach_mul_(of_m, -hyper.step_size)
+    of_s = list(torch._foreach_mul(of_m, m))
+    torch._foreach_mul_(denominator, root)
+    torch._foreach_mul_(denominator, -2 * hyper.root_correction**2)
+    torch._foreach_div_(of_s, denominator)
+    for x, r in zip(of_s, root, strict=True):
+        x.masked_fill_(r == 0, 0.0)
+    for sums, more in ((of_m, adjoint_m), (of_s, adjoint_s)):
+        for x, y in zip(sums, more, strict=True):
+            if y is not None:
+                x.add_(y)
+    of_theta = None
+    if wanted[1]:
+        of_theta = a if decay == 1 and not _l2(hyper) else list(torch._foreach_mul(a, decay))
+    of_g = list(torch._foreach_mul(of_m, 1 - hyper.beta1))
+    torch._foreach_addcmul_(of_g, of_s, seen, 2 * (1 - hyper.beta2))
+    if of_theta is not None and _l2(hyper):
+        torch._foreach_add_(of_theta, of_g, alpha=hyper.weight_decay)
+    if hyper.sign < 0:
+        torch._foreach_neg_(of_g)
+    for sums, beta, k in ((of_m, hyper.beta1, 2), (of_s, hyper.beta2, 3)):
+        if wanted[k]:
+            torch._foreach_mul_(sums, beta)
+    return of_g, of_theta, of_m if wanted[2] else None, of_s if wanted[3] else None
 
 
 def _l2(hyper: Hyperparameters) -> bool:
@@ -153,8 +189,8 @@ def _seen(hyper: Hyperparameters, g: list[Tensor], theta: list[Tensor]) -> list[
     return list(torch._foreach_add(seen, theta, alpha=hyper.weight_decay)) if _l2(hyper) else seen
 
 
-def _denominator(hyper: Hyperparameters, s: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """r = sqrt(s') / sqrt(1 - beta2^t), and r + eps."""
+def _root(hyper: Hyperparameters, s: list[Tensor]) -> list[Tensor]:
+    """r = sqrt(s') / sqrt(1 - beta2^t); the step divides by r + eps."""
     root = list(torch._foreach_sqrt(s))
     torch._foreach_div_(root, hyper.root_correction)
-    return root, list(torch._foreach_add(root, hyper.eps))
+    return root
