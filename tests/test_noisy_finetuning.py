@@ -33,7 +33,7 @@ def run(model_folder, out, *more: str) -> dict:
 def test_whole_program(model_folder, tmp_path, capsys):
     result = run(model_folder, tmp_path, "--seeds", "0", "1")
     table = {row["method"]: row for row in result["table"]}
-    assert list(table) == DEFAULT_METHODS and len(table) == 8
+    assert list(table) == DEFAULT_METHODS and len(table) == 7
     assert table["weak"]["throughput"] == table["weak"]["memory"] == 1
     assert table["sama-rc"]["throughput"] < 1 < table["sama-rc"]["memory"] < 3
     assert {(r["method"], r["seed"]) for r in result["runs"]} == {(m, s) for m in table for s in (0, 1)}

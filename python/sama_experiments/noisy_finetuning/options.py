@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..common.arguments import layers, positive, positive_float
+from ..common.arguments import (
+    add_device,
+    add_out,
+    add_score_on,
+    add_seeds,
+    number_or_all,
+    positive,
+    positive_float,
+    taken,
+)
 from .methods import ALGORITHMS, METHODS, Settings, keys_of
 
-DEFAULT_METHODS = ["weak", "clean", "weak-clean", "sama-na-r", "sama-r", "sama-rc-fixed", "sama-rc", "sama-rc-clean"]
+DEFAULT_METHODS = ["weak", "clean", "weak-clean", "sama-na-r", "sama-r", "sama-rc", "sama-rc-clean"]
 
 # Table 4 and appendix B.1.
 PAPER: dict[str, Any] = {
@@ -78,13 +87,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     if first.algorithm:
         parser.set_defaults(methods=["weak", *(key for name in first.algorithm for key in keys_of(name))])
     values = vars(parser.parse_args(arguments))
-    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
-    others = {field.name: values[field.name] for field in fields(Options) if field.name != "settings"}
-    return Options(**others, settings=settings)
-
-
-def _labels(text: str) -> int | None:
-    return None if text == "all" else positive(text)
+    options: Options = taken(Options, values, settings=taken(Settings, values))
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--train-layers",
-        type=layers,
+        type=number_or_all,
         default=2,
         metavar="N|all",
         help="train the N upper layers over cached lower ones, or all layers and the embeddings (default: 2)",
@@ -130,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--clean",
         dest="clean_labels",
-        type=_labels,
+        type=number_or_all,
         default=d.clean_labels,
         metavar="N|all",
         help="clean labels to draw from the dev split, anew for each seed (default: %(default)s)",
@@ -156,22 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         f"sama, sama_na, {', '.join(ALGORITHMS)}; attention is unfused for all if one needs second derivatives",
     )
     # 0 to 5 were used while the settings were chosen.
-    add("--seeds", nargs="+", type=int, default=[6, 7, 8], metavar="SEED", help="(default: 6 7 8)")
-    add(
-        "--score-on",
-        choices=("test", "validation"),
-        default="test",
-        help="validation: the dev labels that are not drawn as clean ones, for tuning (default: %(default)s)",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU where there is one)")
-    add(
-        "--out",
-        default="noisy_finetuning_results",
-        metavar="FOLDER",
-        help="for the JSON and the PNG (default: %(default)s)",
-    )
-
-    add("--restart", action="store_true", help="begin anew where an unfinished program left a checkpoint in --out")
+    add_seeds(add, [6, 7])
+    add_score_on(add, "the dev labels that are not drawn as clean ones")
+    add_device(add)
+    add_out(add, "noisy_finetuning_results")
 
     group = parser.add_argument_group("base training")
     add = group.add_argument

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from ..common.arguments import layers, positive, positive_float, share
+from ..common.arguments import add_device, number_or_all, positive, positive_float, share, taken
 
 FORMATS = "CSV, TSV, JSON Lines or Parquet, by the end of the name"
 
@@ -86,10 +86,10 @@ def parse(arguments: list[str] | None = None) -> WeighOptions | PruneOptions:
     _prune(commands)
     values = vars(parser.parse_args(arguments))
     if values["command"] == "prune":
-        return PruneOptions(**{field.name: values[field.name] for field in fields(PruneOptions)})
-    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
-    others = {field.name: values[field.name] for field in fields(WeighOptions) if field.name != "settings"}
-    return WeighOptions(**others, settings=settings)
+        prune: PruneOptions = taken(PruneOptions, values)
+        return prune
+    weigh: WeighOptions = taken(WeighOptions, values, settings=taken(Settings, values))
+    return weigh
 
 
 def _weigh(commands: Any) -> None:
@@ -118,14 +118,14 @@ def _weigh(commands: Any) -> None:
     )
     add(
         "--train-layers",
-        type=layers,
+        type=number_or_all,
         default=2,
         metavar="N|all",
         help="train the N upper layers, or all layers and the embeddings (default: 2)",
     )
     add("--max-tokens", type=positive, default=64, metavar="N", help="cut texts to N tokens (default: %(default)s)")
     add("--pooling", choices=("mean", "cls"), default=d.pooling, help="what the classifier sees (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: the GPU where there is one)")
+    add_device(add)
 
     group = parser.add_argument_group("training")
     add = group.add_argument
