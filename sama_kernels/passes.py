@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sama_kernels import checks, detach_watch, ops
+from sama_kernels import checks, detach_watch, mask_draws, ops
 from sama_kernels import held_values as holding
 from sama_kernels.backends.reference import bits
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.distributed import Alone, sharded
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.ownership import own
-from sama_kernels.replayed_masks import ReplayedMasks
 from sama_kernels.types import Closure, Problem
 
 
@@ -40,8 +39,10 @@ class MetaPass:
 def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> MetaPass:
     """Pass 1; `.grad` is not touched."""
     n = len(problem.base_params)
-    with torch.enable_grad(), interrupts.allowed():
+    drawing = mask_draws.fast(problem.meta_loss, problem.base_params[0].device)
+    with torch.enable_grad(), drawing, interrupts.allowed():
         loss = problem.meta_loss()
+    with torch.enable_grad(), interrupts.allowed():
         checks.scalar_loss("meta_loss", loss, "base_params")
         inputs = (*problem.base_params, *problem.meta_params)
         with ranks.meta_backward():
@@ -166,7 +167,6 @@ class PerturbedPasses:
         self._rng = rng
         self._interrupts = interrupts
         self._averaged = frozenset(i for i, p in enumerate(problem.meta_params) if id(p) in problem.owned)
-        self._masks = ReplayedMasks() if problem.base_params[0].device.type == "cpu" else None
         self._tapes: list[holding.Tape] | None = None
         if problem.hold == "auto":
             tapes = [holding.tape_of(loss) for loss in self._losses]
@@ -177,10 +177,10 @@ class PerturbedPasses:
         if self._tapes is None and any(map(holding.is_known_to_ask, self._losses)):
             self._visit_centre(theta)
         try:
-            result = self._run_keeping_masks()
+            result = self._run()
         except holding.NeedsCentre:
             self._visit_centre(theta)
-            result = self._run_keeping_masks()
+            result = self._run()
         if self._compiled:
             self._watch_uncompiled()
         return result
@@ -188,7 +188,7 @@ class PerturbedPasses:
     def at_theta(self) -> tuple[Tensor, list[Tensor | None]]:
         """Pass 2 of a forward difference. Without a tape it makes the one that the next pass replays."""
         tapes = [holding.Tape(copy=True) for _ in self._losses] if self._tapes is None else None
-        result = self._run_keeping_masks(tapes)
+        result = self._run(tapes)
         if tapes is not None:
             self._tapes = tapes
         if self._compiled:
@@ -197,12 +197,7 @@ class PerturbedPasses:
 
     def at_other_side(self) -> tuple[Tensor, list[Tensor | None]]:
         """Pass 3: at theta-, or in a forward difference at theta+; other ranks get its gradients as they appear."""
-        with self._masks.used() if self._masks else nullcontext():
-            return self._run(sent=True)
-
-    def _run_keeping_masks(self, record: list[holding.Tape] | None = None) -> tuple[Tensor, list[Tensor | None]]:
-        with self._masks.kept() if self._masks else nullcontext():
-            return self._run(record)
+        return self._run(sent=True)
 
     def _visit_centre(self, theta: Perturbation) -> None:
         """Evaluate the losses at theta without a graph, to learn the values that `stop_gradient` holds."""
@@ -211,7 +206,7 @@ class PerturbedPasses:
         tapes = []
         for loss in self._losses:
             tape = holding.Tape(copy=True)
-            with torch.no_grad(), holding.handling(tape.record), self._interrupts.allowed():
+            with torch.no_grad(), self._fast_draws(loss), holding.handling(tape.record), self._interrupts.allowed():
                 loss()
             holding.remember(loss)
             tapes.append(tape)
@@ -277,8 +272,10 @@ class PerturbedPasses:
             if tape.rng is not None:  # the dropout masks of the call whose values are held
                 tape.rng.restore()
         handler = record or (self.untaped if tape is None else tape.replay)
-        with torch.enable_grad(), holding.handling(handler), context, self._interrupts.allowed():
-            loss = self._losses[i]()
+        closure = self._losses[i]
+        answers = holding.handling(handler)
+        with torch.enable_grad(), self._fast_draws(closure), answers, context, self._interrupts.allowed():
+            loss = closure()
         if tape is not None:
             tape.check_used_up()
         return loss
@@ -294,6 +291,9 @@ class PerturbedPasses:
                 with torch.compiler.set_stance("force_eager"):
                     self._loss(i, watch)
                 watch.report(closure)
+
+    def _fast_draws(self, loss: Closure) -> AbstractContextManager[object]:
+        return mask_draws.fast(loss, self._base_params[0].device)
 
     def _rewind_randomness(self) -> None:
         self._rng.restore()

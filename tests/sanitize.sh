@@ -18,5 +18,5 @@ LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.s
     ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 OMP_NUM_THREADS=1 \
     PYTHONPATH="$scratch/packages" SAMA_TEST_SANITIZED="$scratch/packages" \
     "$bin/pytest" -s -q -x -p no:cacheprovider tests/test_ops.py tests/test_ops_moments.py tests/test_ops_low_bit.py \
-    tests/test_rounding.py tests/test_adaptation.py tests/test_adaptation_moments.py tests/test_adaptation_moments_state.py \
+    tests/test_rounding.py tests/test_mask_draws.py tests/test_adaptation.py tests/test_adaptation_moments.py tests/test_adaptation_moments_state.py \
     tests/test_cuda_kernels.py tests/test_cuda_moments.py tests/test_cuda_low_bit.py tests/test_cuda_launches.py

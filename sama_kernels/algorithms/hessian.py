@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sama_kernels import checks
+from sama_kernels import checks, mask_draws
 from sama_kernels.graphs import nodes
 from sama_kernels.guards import Interrupts
 from sama_kernels.types import Closure
@@ -31,12 +31,13 @@ class BaseGradient:
         self, losses: Sequence[Closure], theta: Sequence[Tensor], lam: Sequence[Tensor], interrupts: Interrupts
     ) -> None:
         self._theta, self._lam, self._interrupts = theta, lam, interrupts
-        with torch.enable_grad(), interrupts.allowed(), _second_derivatives():
-            total = torch.zeros((), device=theta[0].device)
-            for loss in losses:
+        total = torch.zeros((), device=theta[0].device)
+        for loss in losses:
+            with torch.enable_grad(), mask_draws.fast(loss, theta[0].device), interrupts.allowed():
                 value = loss()
                 checks.scalar_loss("base_loss", value, "meta_params")
                 total = total + value.reshape(())
+        with torch.enable_grad(), interrupts.allowed(), _second_derivatives():
             g = torch.autograd.grad(total, theta, create_graph=True, allow_unused=True)
         if any(node.name() == "torch::autograd::Error" for node in nodes([x for x in g if x is not None])):
             raise _without_second_derivatives("an autograd.Function of it is once_differentiable")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels import held_values as holding
+from sama_kernels import mask_draws
 from sama_kernels.algorithms import adam_step
 from sama_kernels.algorithms.options import Iterative
 from sama_kernels.algorithms.substitution import places, substituted
@@ -190,8 +191,11 @@ class Unroll:
 
     def _at(self, theta: Sequence[Tensor], losses: Sequence[Closure]) -> Tensor:
         """The sum of the losses with `theta` in the place of the base parameters."""
-        with substituted(self._places, theta), self._interrupts.allowed():
-            values = [loss().reshape(()) for loss in losses]
+        values = []
+        with substituted(self._places, theta):
+            for loss in losses:
+                with mask_draws.fast(loss, theta[0].device), self._interrupts.allowed():
+                    values.append(loss().reshape(()))
         return torch.stack(values).sum()
 
     def _state(self) -> State:
