@@ -59,6 +59,8 @@ class DetachWatch(Watch):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # the branches of `torch.cond` and the like are traced
+            return func(*args, **(kwargs or {}))
         inputs = list(tensors_in((args, kwargs)))
         from_theta = any(map(self._theta.has, inputs))
         from_loose = any(self._loose.has(x) and not is_held(x) for x in inputs)

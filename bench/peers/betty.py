@@ -6,7 +6,8 @@ direction from the old residual, so that it is conjugate gradients for one itera
 
 Its `IterativeProblem` unrolls its own Adam, in which epsilon stands where torch has it. It is given the task's
 parameters and moments without the copies that it would make of them, and so takes less memory here than in Betty's own
-loop.
+loop. There each step also leaves its graph behind for good: the gradient in a parameter's `.grad` refers to the
+parameter, and after the step only the new parameters' `.grad` is deleted. Here that is done afterwards.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def unrolled(task: Task, steps: int) -> Callable[[], Sequence[Tensor | None]]:
     from betty.configs import Config
     from betty.problems import IterativeProblem
 
+    past: list[Tensor] = []  # parameters before each step
+
     class Base(IterativeProblem):
         def initialize_optimizer_state(self) -> None:
             """The task's Adam has its state; a step with gradients of zero would change it."""
@@ -95,8 +98,15 @@ def unrolled(task: Task, steps: int) -> Callable[[], Sequence[Tensor | None]]:
         def training_step(self, batch: object) -> Tensor:
             return task.weighted(task.losses_of(self.net, 0))
 
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            past.extend(self.params)
+            super().optimizer_step(*args, **kwargs)
+
         def start(self) -> None:
             """At theta and the state of Adam, in the memory of the task."""
+            for p in past:
+                p.grad = None
+            past.clear()
             self.params = tuple(p.detach().requires_grad_() for p in task.net.parameters())
             states = [task.optimizer.state[p] for p in task.net.parameters()]
             self.optimizer.state = [{**state, "step": state["step"].clone()} for state in states]

@@ -25,8 +25,6 @@ from .cosine import REFRESH, cosine_loss
 from .evidence import START_GATE, ExampleEvidence
 from .methods import Method, Settings
 
-WEAK, CLEAN, META = range(3)  # the streams of batches
-
 
 @dataclass(frozen=True)
 class Task:
@@ -110,13 +108,15 @@ class Trainer:
         beside_weak = method.weak and not method.then_clean
         clean_size = settings.clean_batch_size if beside_weak else settings.batch_size
         self.clean_in_base = method.clean or (method.meta and settings.clean_in_base)
-        self.weak_batches = shuffled_batches(weak_rows, task.train.lengths, settings.batch_size, draws[0])
-        self.clean_batches = shuffled_batches(task.clean_index, task.clean.lengths, clean_size, draws[1])
-        self.meta_batches = shuffled_batches(task.clean_index, task.clean.lengths, settings.meta_batch_size, draws[2])
+        self.batches = {
+            "weak": shuffled_batches(weak_rows, task.train.lengths, settings.batch_size, draws[0]),
+            "clean": shuffled_batches(task.clean_index, task.clean.lengths, clean_size, draws[1]),
+            "meta": shuffled_batches(task.clean_index, task.clean.lengths, settings.meta_batch_size, draws[2]),
+        }
         if method.self_training:  # needs no weak labels any more, so it takes all texts
             everything = torch.arange(len(task.train_labels), device=task.train_labels.device)
-            self.clean_batches = shuffled_batches(everything, task.train.lengths, settings.batch_size, draws[1])
-        self.drawn = [0, 0, 0]
+            self.batches["all"] = shuffled_batches(everything, task.train.lengths, settings.batch_size, draws[1])
+        self.drawn = dict.fromkeys(self.batches, 0)
         processes.own_random_numbers(seed)
 
     def step(self) -> None:
@@ -128,7 +128,7 @@ class Trainer:
         on_weak = self.step_count <= self.weak_steps
         self.optimizer.zero_grad()
         if on_weak:
-            rows, weak_share = processes.my_part(self._next(WEAK))
+            rows, weak_share = processes.my_part(self._next("weak"))
             self.recent.append((rows, weak_share))
             weak_loss = self._weak_loss(rows)
             torch.autograd.backward(weak_share * weak_loss())
@@ -136,12 +136,12 @@ class Trainer:
             self._self_training_backward()
         elif self.clean_in_base or not on_weak:
             weight = settings.clean_weight if on_weak else 1.0
-            rows, share = processes.my_part(self._next(CLEAN))
+            rows, share = processes.my_part(self._next("clean"))
             torch.autograd.backward(weight * share * self._clean_loss(rows))
         self.optimizer.step()
         meta_due = on_weak and self.step_count > settings.meta_start and self.step_count % settings.unroll == 0
         if self.learners is not None and meta_due:
-            self._meta_step(self.learners, weak_loss, weak_share, self._next(META))
+            self._meta_step(self.learners, weak_loss, weak_share, self._next("meta"))
         self.scheduler.step()
 
     def state(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Trainer:
         device = self.task.train_labels.device
         self.degenerate = [flag.to(device) for flag in state["degenerate"]]
         self.recent.extend((rows.to(device), share) for rows, share in state["recent"])
-        for stream, count in enumerate(state["drawn"]):
+        for stream, count in state["drawn"].items():
             for _ in range(count):
                 self._next(stream)
         set_random_state(state["random"])
@@ -173,9 +173,9 @@ class Trainer:
             parts |= {"learners": self.learners, "meta_optimizer": self.meta_optimizer}
         return parts if self.teacher is None else parts | {"teacher": self.teacher}
 
-    def _next(self, stream: int) -> Tensor:
+    def _next(self, stream: str) -> Tensor:
         self.drawn[stream] += 1
-        return next((self.weak_batches, self.clean_batches, self.meta_batches)[stream])
+        return next(self.batches[stream])
 
     def _begin_stage(self, steps: int) -> None:
         """A fresh optimizer, and the learning rate's way from warm-up to 0 over so many steps."""
@@ -208,7 +208,7 @@ class Trainer:
         """The gradient of COSINE's loss on a batch of all texts."""
         if self.teacher is None or (self.step_count - self.weak_steps - 1) % REFRESH == 0:
             self.teacher = copy.deepcopy(self.model).eval()
-        rows, share = processes.my_part(self._next(CLEAN))
+        rows, share = processes.my_part(self._next("all"))
         inputs = self.task.train.batch(rows)
         with torch.no_grad():
             teacher = self.teacher(inputs).softmax(dim=1)
