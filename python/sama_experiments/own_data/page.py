@@ -18,7 +18,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem aut
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ddd; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.text { overflow-wrap: anywhere; } .kept { fill: #3a76b0; } .dropped { fill: #d98a3d; }
+td.text { overflow-wrap: break-word; max-width: 14rem; } .kept { fill: #3a76b0; } .dropped { fill: #d98a3d; }
+td.text:last-child { overflow-wrap: anywhere; max-width: none; }
 svg text { font-size: 12px; fill: #444; } .key { font-weight: 600; }
 """
 TITLES = {
