@@ -2,7 +2,7 @@
 
 torch takes one number after another from its Mersenne Twister: 5.8 ns for an element of a mask on an AMD EPYC, which
 makes the masks of a small BERT a third of its forward pass. `sama::draw_mask` (csrc/cpu/draw_mask.cpp) makes the same
-numbers of the same generator state in 0.5 ns. It is used in the passes of a meta step, if it has been seen to agree
+numbers of the same generator state in 0.6 ns. It is used in the passes of a meta step, if it has been seen to agree
 with this torch on this machine (on Intel's CPUs torch may draw in another way, in parallel).
 
 Draws are caught by a dispatch mode, which every call of an operator in the loss has to pass through: 6.5 us each. So a

@@ -131,11 +131,14 @@ def interrupted_at_every_line(
                     signal.raise_signal(signal.SIGINT)
             return trace
 
+        # A program that was started in the background ignores SIGINT, and Python leaves it at that.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.settrace(trace)
         try:
             work()
         finally:
             sys.settrace(None)
+            signal.signal(signal.SIGINT, previous)
 
     mask_draws._waiting.clear()
     with patch.object(mask_draws, "_LEFT_ALONE", 0):  # the same lines every time

@@ -265,8 +265,12 @@ def test_refused(case: str) -> None:
     make, message = REFUSED[case]
     p = torch.randn(8, requires_grad=True)
     optimizer = make(p)
-    with pytest.raises(TypeError, match=r"^optimizer: .*" + message + r'.*adaptation="none"$'):
-        adaptation.plan(optimizer, [p], "paper")
+    try:
+        with pytest.raises(TypeError, match=r"^optimizer: .*" + message + r'.*adaptation="none"$'):
+            adaptation.plan(optimizer, [p], "paper")
+    finally:
+        if hasattr(optimizer, "mng"):  # there is one for all, and a later tensor may have the same id
+            optimizer.mng.pid2config.pop(id(p), None)
 
 
 def test_an_override_of_the_number_of_bits_is_no_matter() -> None:

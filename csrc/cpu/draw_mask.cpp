@@ -60,10 +60,10 @@ SAMA_CLONES void temper(int64_t n, const uint32_t* x, uint32_t* out) {
 
 // Two words are the high and the low half of 64 random bits; the lower 53 of them, divided by 2^53, are compared with p.
 template <class Word>
-SAMA_CLONES void compare(int64_t n, const uint64_t* pairs, uint64_t bound, Word one, Word* out) {
+SAMA_CLONES void compare(int64_t n, const uint32_t* words, uint64_t bound, Word one, Word* out) {
   SAMA_IVDEP
   for (int64_t i = 0; i < n; ++i) {
-    const uint64_t bits = ((pairs[i] << 32) | (pairs[i] >> 32)) & ((uint64_t(1) << MANTISSA) - 1);
+    const uint64_t bits = (uint64_t(words[2 * i] & ((1u << (MANTISSA - 32)) - 1)) << 32) | words[2 * i + 1];
     out[i] = int64_t(bits - bound) < 0 ? one : Word(0);
   }
 }
@@ -77,8 +77,7 @@ void draw(int64_t n, double p, GeneratorState& state, Word one, void* mask) {
   uint32_t block[N];
   for (int64_t i = 0; i < N; ++i) block[i] = uint32_t(state.words[i]);
   int64_t begin = N - (state.left - 1); // of the words that are left
-  uint64_t pairs[N / 2 + 1];
-  uint32_t* words = reinterpret_cast<uint32_t*>(pairs);
+  uint32_t words[N + 1];
   int64_t held = 0; // words that wait in `words`: 0 or 1
   while (n > 0) {
     if (begin == N) {
@@ -90,7 +89,7 @@ void draw(int64_t n, double p, GeneratorState& state, Word one, void* mask) {
     begin += taken;
     held += taken;
     const int64_t whole = held / 2;
-    compare(whole, pairs, bound, one, out);
+    compare(whole, words, bound, one, out);
     out += whole;
     n -= whole;
     if (held % 2) words[0] = words[held - 1];
