@@ -105,6 +105,13 @@ def test_it_is_used_on_this_machine() -> None:
         (torch.empty(3, 4).t(), 0.5, None, "mask: it must be contiguous"),
         (torch.empty(3, dtype=torch.int32), 0.5, None, "mask: its dtype must be float32, float64, bfloat16 or float16"),
         (torch.empty(3), 0.5, torch.zeros(16, dtype=torch.uint8), "state: it must be what torch.get_rng_state"),
+        (torch.empty(3), 0.5, torch.zeros(5056), "state: it must be what torch.get_rng_state"),
+        (
+            torch.empty(3),
+            0.5,
+            torch.zeros(2 * 5056, dtype=torch.uint8)[::2],
+            "state: it must be what torch.get_rng_state",
+        ),
         (torch.empty(3), 0.5, torch.zeros(5056, dtype=torch.uint8), "state: it is not that of a Mersenne Twister"),
     ],
 )

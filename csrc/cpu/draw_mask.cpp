@@ -105,11 +105,12 @@ void draw(int64_t n, double p, GeneratorState& state, Word one, void* mask) {
 Tensor draw_mask(const Tensor& mask, double p, const Tensor& state) {
   if (!(p >= 0.0 && p <= 1.0)) fail(OP, "probability: it must be between 0 and 1");
   if (!row_major(mask)) fail(OP, "mask: it must be contiguous");
-  if (state.numel() != int64_t(sizeof(GeneratorState))) fail(OP, "state: it must be what torch.get_rng_state() returns");
+  using Type = torch::headeronly::ScalarType;
+  if (state.numel() != int64_t(sizeof(GeneratorState)) || state.scalar_type() != Type::Byte || !row_major(state))
+    fail(OP, "state: it must be what torch.get_rng_state() returns");
   GeneratorState words;
   std::memcpy(&words, state.data_ptr(), sizeof(words));
   if (words.left < 1 || words.left > N) fail(OP, "state: it is not that of a Mersenne Twister");
-  using Type = torch::headeronly::ScalarType;
   switch (mask.scalar_type()) {
     case Type::Float: draw<uint32_t>(mask.numel(), p, words, 0x3f800000u, mask.data_ptr()); break;
     case Type::Double: draw<uint64_t>(mask.numel(), p, words, uint64_t(0x3ff) << 52, mask.data_ptr()); break;
@@ -117,7 +118,7 @@ Tensor draw_mask(const Tensor& mask, double p, const Tensor& state) {
     case Type::Half: draw<uint16_t>(mask.numel(), p, words, 0x3c00u, mask.data_ptr()); break;
     default: fail(OP, "mask: its dtype must be float32, float64, bfloat16 or float16");
   }
-  Tensor after = torch::stable::empty({int64_t(sizeof(words))}, torch::headeronly::ScalarType::Byte);
+  Tensor after = torch::stable::empty({int64_t(sizeof(words))}, Type::Byte);
   std::memcpy(after.data_ptr(), &words, sizeof(words));
   return after;
 }
