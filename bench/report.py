@@ -75,7 +75,8 @@ def heading(rows: list[Row]) -> str:
     parts = [where, f"torch {versions['torch']}"]
     if on_gpu:
         parts += [f"CUDA {versions.get('cuda')}", f"Triton {versions.get('triton')}"]
-    parts += [f"commit {about['commit']}", f"fewest and most rounds: {round_numbers(rows)}"]
+    commits = ", ".join(dict.fromkeys(row["machine"]["commit"] for row in rows))
+    parts += [f"commit {commits}", f"fewest and most rounds: {round_numbers(rows)}"]
     shrunk = f" Sizes scaled by {first['scale']}: a trial, not a result." if first["scale"] != 1 else ""
     return f"{', '.join(parts)}. Repeat with `python -m bench.kernels`.{shrunk}"
 

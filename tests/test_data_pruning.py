@@ -15,7 +15,7 @@ from torch import nn
 
 from sama_experiments import data_pruning
 from sama_experiments.common.checkpoints import Checkpoint
-from sama_experiments.data_pruning import datasets, training
+from sama_experiments.data_pruning import datasets, dynams, training
 from sama_experiments.data_pruning.dynams import DynamsTraining
 from sama_experiments.data_pruning.experiment import Experiment
 from sama_experiments.data_pruning.methods import METHODS, Settings
@@ -90,11 +90,13 @@ def test_a_killed_program_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "full", "dynams", "sama"])
 def test_every_training_resumes_after_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    def small_model(*_: Any) -> Classifier:
-        layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-        return Classifier(nn.Sequential(*layers), 32, 3)
+    def small_model(*_: Any, width: float = 1.0) -> Classifier:
+        n = round(8 * width)
+        layers = [nn.Conv2d(1, n, 3), nn.BatchNorm2d(n), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        return Classifier(nn.Sequential(*layers), 4 * n, 3)
 
-    monkeypatch.setattr(training, "new_model", small_model)
+    for module in (training, dynams):
+        monkeypatch.setattr(module, "new_model", small_model)
     data = tiny()
     settings = Settings(epochs=3, batch_size=16, search_epochs=3, averaged_epochs=2)
 
@@ -214,7 +216,8 @@ def test_errors_are_one_line(
 
 
 def test_bad_numbers_are_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--ratios", "1"], ["--ratios", "0"], ["--noise", "1"], ["--epochs", "0"], ["--alpha", "0"]):
+    bad = (["--ratios", "1"], ["--ratios", "0"], ["--noise", "1"], ["--epochs", "0"], ["--alpha", "0"])
+    for arguments in (*bad, ["--dynams-proxy", "0"], ["--dynams-proxy", "1.1"]):
         with pytest.raises(SystemExit):
             parse(arguments)
         assert "must be" in capsys.readouterr().err

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sama_experiments.data_pruning import scores
-from sama_experiments.data_pruning.dynams import DynamsTraining
 from sama_experiments.data_pruning.experiment import findings
 from sama_experiments.data_pruning.images import Dataset, InMemoryImages, Truth, seeded
 from sama_experiments.data_pruning.methods import Settings
@@ -171,32 +170,6 @@ def test_full_training_counts_what_it_forgets() -> None:
     falls = ["".join(str(int(epoch[k])) for epoch in history) for k in range(40)]
     expected = [row.count("10") if "1" in row else math.inf for row in falls]
     assert trainer.forgetting.scores().tolist() == expected
-
-
-def test_dynams_sees_as_many_samples_as_a_static_method() -> None:
-    settings = Settings(batch_size=10, epochs=10, dynams_warmup=2, dynams_every=3)
-    trainer = DynamsTraining(tiny(), settings, 0, 0.4)
-    sizes, selections = [], []
-    for _ in range(10):
-        before = trainer.rows
-        trainer.run_epoch()
-        sizes.append(len(trainer.rows))
-        selections.append(not torch.equal(before, trainer.rows))
-    assert sizes == [40, 40] + [20] * 8 and sum(sizes) == 0.6 * 40 * 10
-    assert selections[2] and not any(selections[k] for k in (0, 1, 3, 4, 6, 7, 9))
-    assert 0 < trainer.selection_seconds < trainer.seconds
-
-
-def test_dynams_keeps_the_samples_nearest_to_the_boundary() -> None:
-    settings = Settings(batch_size=10, epochs=4, dynams_warmup=1, dynams_every=1)
-    trainer = DynamsTraining(tiny(), settings, 0, 0.5)
-    trainer.run_epoch()
-    logits = trainer.model(trainer.data.train.batch(torch.arange(40), None)).detach()
-    distance = -scores.boundary_margin(logits, trainer.data.train.labels, trainer.model.head.weight.detach())
-    trainer.run_epoch()
-    dropped = torch.ones(40, dtype=torch.bool)
-    dropped[trainer.rows] = False
-    assert len(trainer.rows) == round(40 / 3) and distance[trainer.rows].max() <= distance[dropped].min()
 
 
 def test_sama_scores_are_the_weights_of_the_last_epochs() -> None:

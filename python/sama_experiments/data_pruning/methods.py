@@ -62,3 +62,4 @@ class Settings:
     early_epochs: int = 2
     dynams_warmup: int = 1
     dynams_every: int = 1
+    dynams_proxy: float = 0.5

@@ -25,25 +25,27 @@ class Classifier(nn.Module):
         return logits
 
 
-def new_model(name: str, channels: int, size: int, classes: int) -> Classifier:
+def new_model(name: str, channels: int, size: int, classes: int, width: float = 1.0) -> Classifier:
     """A model with fresh parameters, drawn from torch's global generator, for square images of ``size`` pixels.
 
-    The ResNets keep the resolution at first where images are small (as is usual for CIFAR-10).
+    The ResNets keep the resolution at first where images are small (as is usual for CIFAR-10). ``width`` is the share
+    of the usual channels that every layer has.
     """
+    narrowest = max(round(64 * width), 4)  # the other widths are multiples or parts of it
     if name == "cnn":
-        return Classifier(_small_cnn(channels, size), 64, classes)
+        return Classifier(_small_cnn(channels, size, narrowest), narrowest, classes)
     small = size < 64
     if name == "resnet18":
-        return Classifier(_resnet(_BasicBlock, (2, 2, 2, 2), channels, small), 512, classes)
-    return Classifier(_resnet(_Bottleneck, (3, 4, 6, 3), channels, small), 2048, classes)
+        return Classifier(_resnet(_BasicBlock, (2, 2, 2, 2), channels, small, narrowest), 8 * narrowest, classes)
+    return Classifier(_resnet(_Bottleneck, (3, 4, 6, 3), channels, small, narrowest), 32 * narrowest, classes)
 
 
-def _small_cnn(channels: int, size: int) -> nn.Sequential:
+def _small_cnn(channels: int, size: int, width: int) -> nn.Sequential:
     left = -(-size // 4)  # two strides of 2
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 5, stride=2, padding=2), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * left * left, 64), nn.ReLU(),
+        nn.Conv2d(channels, width // 4, 5, stride=2, padding=2), nn.ReLU(),
+        nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(width // 2 * left * left, width), nn.ReLU(),
     )  # fmt: skip
 
 
@@ -83,14 +85,16 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module
     return [conv, nn.BatchNorm2d(outputs)]
 
 
-def _resnet(block: type[_BasicBlock | _Bottleneck], depths: tuple[int, ...], channels: int, small: bool) -> nn.Module:
-    stem = _conv(channels, 64, 3, 1) if small else _conv(channels, 64, 7, 2)
+def _resnet(
+    block: type[_BasicBlock | _Bottleneck], depths: tuple[int, ...], channels: int, small: bool, narrowest: int
+) -> nn.Module:
+    stem = _conv(channels, narrowest, 3, 1) if small else _conv(channels, narrowest, 7, 2)
     layers: list[nn.Module] = [*stem, nn.ReLU()]
     if not small:
         layers.append(nn.MaxPool2d(3, stride=2, padding=1))
-    inputs = 64
+    inputs = narrowest
     for stage, depth in enumerate(depths):
-        width = 64 * 2**stage
+        width = narrowest * 2**stage
         for place in range(depth):
             layers.append(block(inputs, width, 2 if stage > 0 and place == 0 else 1))
             inputs = block.expansion * width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,18 +137,20 @@ def check(options: Options) -> None:
             )
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and below 1")
-    return value
+def _within(allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {words}")
+        return value
+
+    read.__name__ = "number"  # how argparse calls it where the text is none
+    return read
 
 
-def _ratio(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1")
-    return value
+_share = _within(lambda value: 0 <= value < 1, "at least 0 and below 1")
+_ratio = _within(lambda value: 0 < value < 1, "above 0 and below 1")
+_width = _within(lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -242,4 +245,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--early-epochs", type=positive, default=d.early_epochs, help="and their epochs (default: %(default)s)")
     add("--dynams-warmup", type=positive, default=d.dynams_warmup, help="epochs on all samples (default: %(default)s)")
     add("--dynams-every", type=positive, default=d.dynams_every, help="epochs per selection (default: %(default)s)")
+    add(
+        "--dynams-proxy",
+        type=_width,
+        default=d.dynams_proxy,
+        metavar="SHARE",
+        help="channels of the proxy that selects; 1: the model itself does (default: %(default)s)",
+    )
     return parser

@@ -59,11 +59,16 @@ class Trainer:
             for place, (index, share, images) in enumerate(self.read(batches)):
                 self._set_rate((self.epoch + place / len(batches)) / self.settings.epochs)
                 self.optimizer.zero_grad()
-                logits = self.averaging_model(images)
-                torch.autograd.backward(share * F.cross_entropy(logits, self.data.train.labels[index]))
+                logits = self.backward(index, share, images)
                 self.optimizer.step()
-                self.after_step(index, logits.detach())
+                self.after_step(index, logits)
         self.epoch += 1
+
+    def backward(self, index: Tensor, share: float, images: Tensor) -> Tensor:
+        """Add the gradients of the loss of (this process's part of) a batch; gives the logits [B, K]."""
+        logits: Tensor = self.averaging_model(images)
+        torch.autograd.backward(share * F.cross_entropy(logits, self.data.train.labels[index]))
+        return logits.detach()
 
     def after_step(self, index: Tensor, logits: Tensor) -> None:
         """Told the samples of (this process's part of) each batch, int64 [B], and the logits [B, K] of its step."""
@@ -84,9 +89,9 @@ class Trainer:
     @contextmanager
     def clock(self) -> Iterator[None]:
         """A block whose time is added to ``seconds``."""
-        started = self._now()
+        started = self.now()
         yield
-        self.seconds += self._now() - started
+        self.seconds += self.now() - started
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, between two epochs."""
@@ -104,21 +109,23 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
-    def score(self, images: Images, *formulas: Formula) -> list[Tensor]:
-        """Scores of all images by what the model makes of them as in a test, each float32 [N], on the CPU.
+    def score(self, images: Images, *formulas: Formula, model: Classifier | None = None) -> list[Tensor]:
+        """Scores of all images by what ``model`` (the trained one) makes of them as in a test, each float32 [N], on the
+        CPU.
 
         A formula is told logits [B, K], labels [B] and what the last layer reads, [B, H]. Processes divide the batches.
         """
+        model = self.model if model is None else model
         found = torch.zeros(len(formulas), len(images.labels))
         batches = torch.split(torch.arange(len(images.labels)), SCORING_BATCH)
         mine = [index for place, index in enumerate(batches) if processes.is_mine(place)]
-        self.model.eval()
+        model.eval()
         for index, batch in read(images, mine, [None] * len(mine)):
-            features = self.model.body(batch)
-            logits, labels = self.model.head(features), images.labels[index]
+            features = model.body(batch)
+            logits, labels = model.head(features), images.labels[index]
             for scores, formula in zip(found, formulas, strict=True):
                 scores[index] = formula(logits, labels, features).float().cpu()
-        self.model.train()
+        model.train()
         processes.sum_in_place(found)
         return list(found)
 
@@ -135,7 +142,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.settings.lr
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds on a clock; the device has done what it was given."""
         if self.data.train.labels.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
