@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import rich.console
 import torch
 from torch import Tensor, nn
 
 import sama_kernels as sk
+from sama_kernels import reach
 from sama_kernels.reach import reachable
 
 X = torch.ones(2, 3)
@@ -147,6 +151,61 @@ def test_globals_are_found_by_name() -> None:
     assert set(reachable([lambda: GLOBAL(X) + helper()]).modules) == {GLOBAL, HOLDER["models"][0]}
     assert GLOBAL in reachable([UsesGlobal()]).modules
     assert not reachable([lambda: X.sum()]).modules
+
+
+def by_calling(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    return lambda: function(X)
+
+
+LIBRARY = """
+import functools
+from torch import nn, ones
+MODEL = nn.BatchNorm1d(3)
+def called(x): return MODEL(x).sum()
+def loss(): return called(ones(2, 3))
+class Object:
+    def loss(self): return called(ones(2, 3))
+class Holder:
+    def __init__(self, model): self.model = model
+"""
+
+
+def test_code_of_installed_packages_is_searched_only_if_the_closure_is_written_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, name in (("site-packages", "installed_one"), ("work", "edited_one")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{name}.py").write_text(LIBRARY)
+        monkeypatch.syspath_prepend(tmp_path / place)
+    installed, edited = importlib.import_module("installed_one"), importlib.import_module("edited_one")
+    assert edited.MODEL in reachable([by_calling(edited.called)]).modules
+    assert not reachable([by_calling(installed.called)]).modules
+    for made in (lambda f: f, sk.recorded, functools.partial, lambda f: functools.wraps(f)(lambda: f())):
+        assert installed.MODEL in reachable([made(installed.loss)]).modules
+        assert installed.MODEL in reachable([made(installed.Object().loss)]).modules
+    model = nn.Linear(3, 3)  # what an object of the package holds is found in any case
+    holder = installed.Holder(model)
+    assert list(reachable([lambda: holder.model(X).sum()]).modules) == [model]
+
+
+def test_a_console_or_a_test_runner_within_reach_costs_little() -> None:
+    """Numbers of objects, not time: without the rule above some ten thousand."""
+    console, request = rich.console.Console(), pytest.mark.parametrize
+    looked_at = []
+
+    def loss() -> Tensor:
+        console.print(request, pytest.raises)
+        return X.sum()
+
+    def counted(item: Any, searched: set[str]) -> Any:
+        looked_at.append(item)
+        return neighbours(item, searched)
+
+    neighbours = reach._neighbours
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reach, "_neighbours", counted)
+        reachable([loss])
+    assert 2 < len(looked_at) < 300
 
 
 @pytest.mark.parametrize("recorded", [False, True])
