@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Tests run in as many processes as there are processors, a file in one of them; `make test WORKERS=` runs them in one.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check bench report sanitize gpu clean
 
@@ -12,7 +14,7 @@ demo: $(READY)  ## learn data weights for noisy movie reviews, write noisy_finet
 	$(BIN)/python -m sama_experiments.noisy_finetuning $(ARGS)
 
 test: check  ## everything CI runs; ends with pytest's closing line
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 check: $(READY)  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -17,8 +17,13 @@ assert sama_kernels.__file__.startswith(os.environ.get("SAMA_TEST_SANITIZED", "/
 torch.set_num_threads(1)
 
 
+# Files of few and long tests come first, so that no process waits for another one's at the end.
+FIRST = ("test_triton_kernels.py", "test_noisy_finetuning_methods.py", "test_bench_scaling.py", "test_cuda_build.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Order the files; skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
