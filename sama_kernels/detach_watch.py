@@ -6,10 +6,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from inspect import currentframe
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -95,22 +97,39 @@ class DetachWatch(Watch):
         )
 
 
-def running_function() -> type[torch.autograd.Function] | None:
-    """The innermost autograd.Function in whose `apply` this is called: its forward runs without grad, and yet its
-    results have a gradient."""
-    frame = currentframe()
+def running_function() -> type[Function] | None:
+    """The innermost autograd.Function whose forward is running: it does so without grad, and yet its results have one.
+
+    Known by its code: `apply`, the frame around it, is no Python function any more in torch 2.14.
+    """
+    owners, frame = _forwards(), currentframe()
     while frame is not None:
-        owner = function_applied_in(frame.f_locals)
-        if owner is not None:
-            return owner
+        if frame.f_code in owners:
+            return _owner(frame, owners[frame.f_code])
         frame = frame.f_back
     return None
 
 
-def function_applied_in(variables: dict[str, Any]) -> type[torch.autograd.Function] | None:
-    """The autograd.Function whose `apply` has these local variables."""
-    owner = variables.get("cls")
-    return owner if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) else None
+def _owner(frame: FrameType, owners: list[type[Function]]) -> type[Function]:
+    """The one of the Functions with this forward that is running; one without jvp where that cannot be told."""
+    first, *_ = (*frame.f_code.co_varnames, "")
+    exact: type[Function] | None = getattr(type(frame.f_locals.get(first)), "_forward_cls", None)  # of `ctx`
+    return exact or min(owners, key=lambda owner: owner.jvp is not Function.jvp)
+
+
+def _forwards() -> dict[CodeType, list[type[Function]]]:
+    """The Functions of this process by the code of their forward, decorated or not."""
+    found: dict[CodeType, list[type[Function]]] = {}
+    queue = Function.__subclasses__()
+    while queue:
+        owner = queue.pop()
+        queue += owner.__subclasses__()
+        forward: Any = owner.forward
+        while forward is not None and forward is not Function.forward:
+            if (code := getattr(forward, "__code__", None)) is not None:
+                found.setdefault(code, []).append(owner)
+            forward = getattr(forward, "__wrapped__", None)
+    return found
 
 
 def is_new(closure: Closure) -> bool:

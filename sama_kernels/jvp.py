@@ -131,8 +131,8 @@ def _failed_function(error: BaseException) -> str:
     """The name of the autograd.Function whose jvp is missing: torch's message leaves it out."""
     trace, name = error.__traceback__, "(unknown)"
     while trace is not None:
-        owner = detach_watch.function_applied_in(trace.tb_frame.f_locals)
-        name = name if owner is None else owner.__name__
+        node = trace.tb_frame.f_locals.get("self")  # in the frame of its `apply_jvp`
+        name = getattr(getattr(node, "_forward_cls", None), "__name__", name)
         trace = trace.tb_next
     return name
 

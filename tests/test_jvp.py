@@ -41,6 +41,30 @@ class DoubledBothWays(Doubled):
         return 2 * tangent
 
 
+class ReadsTheta(torch.autograd.Function):
+    """Reads a module otherwise than as an argument, and is written in the newer style, without ctx in forward."""
+
+    @staticmethod
+    def forward(x: Tensor, net: nn.Module) -> Tensor:
+        return net(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.zeros(8, 5, dtype=grad.dtype), None
+
+
+class ReadsThetaDecorated(ReadsTheta):
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx: Any, x: Tensor, net: nn.Module) -> Tensor:  # type: ignore[override]
+        return net(x)
+
+
 def unsupported(setting: Bilevel, name: str) -> Tensor:
     net = setting.net
     x = torch.ones(8, 5, dtype=torch.float64)
@@ -48,11 +72,24 @@ def unsupported(setting: Bilevel, name: str) -> Tensor:
         return Doubled.apply(net(x))
     if name == "CheckpointFunction":  # reads theta, but not as an argument; the input has no tangent
         return checkpoint(net, x.requires_grad_(), use_reentrant=True)
+    if name.startswith("ReadsTheta"):
+        return {"ReadsTheta": ReadsTheta, "ReadsThetaDecorated": ReadsThetaDecorated}[name].apply(
+            x.requires_grad_(), net
+        )
     query = (net(x) + torch.randn(8, 8, dtype=torch.float64)).reshape(1, 1, 8, 8)
     return F.scaled_dot_product_attention(query, query, query)[0, 0, :, :1]
 
 
-@pytest.mark.parametrize("name", ["_scaled_dot_product_flash_attention_for_cpu", "Doubled", "CheckpointFunction"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "Doubled",
+        "CheckpointFunction",
+        "ReadsTheta",
+        "ReadsThetaDecorated",
+    ],
+)
 def test_operators_without_forward_mode_are_named(name: str) -> None:
     problem = weight_net(seed=37)
     problem.base_loss = lambda: (problem.weigher(torch.ones(8, 1).double()) * unsupported(problem, name)).mean()
