@@ -88,7 +88,7 @@ def test_same_bits_as_adam_at_the_dequantised_moments(bits: int, dtype: torch.dt
 @pytest.mark.parametrize("spread", ["v", "grads", "exp_avg_scales", "exp_avg_sq_scales"])
 @pytest.mark.parametrize("t", [1, 2])
 def test_extreme_values(dtype: torch.dtype, spread: str, t: int) -> None:
-    """NaN in g, m or w is NaN in v."""
+    """NaN in g, m or w is NaN in v, but for NaN in the m of a cell that was never touched."""
     values = specials(F32 if spread.endswith("scales") else dtype)
     for mode in (ops.PAPER, ops.EXACT):
         case = LowBit([(len(values), 40)], dtype, block_size=40, mode=mode, t=t)
@@ -98,7 +98,10 @@ def test_extreme_values(dtype: torch.dtype, spread: str, t: int) -> None:
         assert_close(kernel, plain)
         torch.testing.assert_close(norm, plain_norm, rtol=1e-5, atol=0, equal_nan=True)
         bad = values.isnan() if t == 2 or not spread.endswith("scales") else torch.zeros(len(values), dtype=torch.bool)
-        assert kernel[bad].isnan().all()
+        # In float16 a gradient of 1e-8 is 0, and its w then mostly too.
+        empty = (case.grads[0] == 0) & (case.moment("exp_avg_sq", 0).view(len(values), 40) == 0)
+        empty &= spread == "exp_avg_scales"
+        assert kernel[bad[:, None] & ~empty].isnan().all() and not kernel[bad[:, None] & empty].any()
 
 
 @needs_cpu_kernels

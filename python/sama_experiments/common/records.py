@@ -43,7 +43,7 @@ def versions() -> dict[str, str | None]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    return found
+    return found | {"torch": torch.__version__}  # its package does not say for which CUDA it was built
 
 
 def _processor() -> str:
