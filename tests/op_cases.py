@@ -46,7 +46,7 @@ def identical(a: Tensor, b: Tensor) -> bool:
     return torch.equal(reference.bits(a), reference.bits(b))
 
 
-def assert_close(kernel: Tensor, plain: Tensor) -> None:
+def assert_close(kernel: Tensor, plain: Tensor, units: int = 8) -> None:
     """Equal but for a few units in the last place, NaN and Inf included.
 
     Not the same bits where a square root is involved: torch's is off by one unit for 0.6 % of all float32 arguments
@@ -54,7 +54,7 @@ def assert_close(kernel: Tensor, plain: Tensor) -> None:
     """
     info = torch.finfo(kernel.dtype)
     atol = 4 * info.smallest_normal * info.eps
-    torch.testing.assert_close(kernel, plain, rtol=8 * info.eps, atol=atol, equal_nan=True)
+    torch.testing.assert_close(kernel, plain, rtol=units * info.eps, atol=atol, equal_nan=True)
 
 
 def assert_as_good(kernel: Tensor, plain: Tensor, exact: Tensor) -> None:

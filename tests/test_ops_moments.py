@@ -72,8 +72,9 @@ def test_extreme_values(variant: Variant, dtype: torch.dtype, spread: str) -> No
         if getattr(case, spread):
             setattr(case, spread, [x.abs() if spread == "seconds" else x])
         ((kernel,), kernel_norm), ((plain,), plain_norm) = case.run("cpu"), case.run("reference")
-        assert_close(kernel, plain)
-        torch.testing.assert_close(kernel_norm, plain_norm, rtol=1e-6, atol=0, equal_nan=True)
+        # A centred second moment is a difference, of which one unit of a square root can become several.
+        assert_close(kernel, plain, units=64 if variant.form == ops.CENTERED else 8)
+        torch.testing.assert_close(kernel_norm, plain_norm, rtol=1e-5, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.form != ops.LINEAR], ids=str)
