@@ -139,6 +139,8 @@ def test_inductor_gives_the_same_meta_gradients(way: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transformers_bert(backend: str) -> None:
     transformers = pytest.importorskip("transformers")
+    if backend == "inductor" and torch.__version__.startswith("2.11."):
+        pytest.skip("this model's own backward pass fails in float64 with torch 2.11's inductor")
     sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 16}
     config = transformers.BertConfig(
         **sizes, num_hidden_layers=1, num_attention_heads=2, num_labels=3, hidden_dropout_prob=0.0,
@@ -152,7 +154,8 @@ def test_transformers_bert(backend: str) -> None:
         net = transformers.BertForSequenceClassification(config)
         run = loop(way, counter, net, torch.randint(1, 60, (2, 8, 6)))
         results.append(run.run(3, after=lambda: counts.append(counter.frame_count)))
-    assert counts[2] == 0 and counts[3] == counts[5] == 2  # with gradients for theta, and without
+    # With gradients for theta, and without; torch 2.11 uses one code for both.
+    assert counts[2] == 0 and 1 <= counts[3] == counts[5] <= 2
     for a, b in zip(results[0][1:], results[1][1:], strict=True):
         assert relative_error(a, b) < 1e-8
 
