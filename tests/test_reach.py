@@ -13,7 +13,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import rich.console
 import torch
 from torch import Tensor, nn
 
@@ -190,7 +189,7 @@ def test_code_of_installed_packages_is_searched_only_if_the_closure_is_written_t
 
 def test_a_console_or_a_test_runner_within_reach_costs_little() -> None:
     """Numbers of objects, not time: without the rule above some ten thousand."""
-    console, request = rich.console.Console(), pytest.mark.parametrize
+    console, request = pytest.importorskip("rich.console").Console(), pytest.mark.parametrize
     looked_at = []
 
     def loss() -> Tensor:
