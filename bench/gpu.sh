@@ -25,6 +25,7 @@ fi
 if [ "$DRY_RUN" = 1 ]; then
     device=cpu
     export CUDA_VISIBLE_DEVICES=
+    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} # for one GPU too
 elif capability=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null); then
     device=cuda
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} # only for the GPU that is here: a shorter build
