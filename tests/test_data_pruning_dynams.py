@@ -31,7 +31,7 @@ def test_shares_fall_by_one_factor_to_the_mean_asked_for(epochs: int, warmup: in
 
 
 def test_too_long_a_warmup_is_refused() -> None:
-    with pytest.raises(ExperimentError, match=r"--dynams-warmup 5: with 0\.5 pruned nothing is left of 10 epochs"):
+    with pytest.raises(ExperimentError, match=r"--dynams-warmup 5: with 0\.5 pruned that uses up what 10 epochs"):
         falling_shares(10, 5, 1, 0.5)
 
 

@@ -24,7 +24,8 @@ def falling_shares(epochs: int, warmup: int, every: int, mean: float) -> list[fl
     """
     if mean * epochs <= warmup:
         raise ExperimentError(
-            f"--dynams-warmup {warmup}: with {1 - mean:g} pruned nothing is left of {epochs} epochs after it"
+            f"--dynams-warmup {warmup}: with {1 - mean:g} pruned that uses up what {epochs} epochs may see; make it"
+            " smaller"
         )
     powers = [0] * warmup + [1 + k // every for k in range(epochs - warmup)]
     low, high = 0.0, 1.0

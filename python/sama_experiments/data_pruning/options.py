@@ -10,6 +10,7 @@ from typing import Any
 from ..common import processes
 from ..common.arguments import add_device, add_out, add_score_on, add_seeds, positive, positive_float, taken
 from ..common.errors import ExperimentError
+from .dynams import falling_shares
 from .methods import METHODS, Settings
 from .models import MODELS
 
@@ -129,12 +130,7 @@ def check(options: Options) -> None:
             f"--averaged-epochs {settings.averaged_epochs}: more than --search-epochs {settings.search_epochs}"
         )
     if "dynams" in options.methods:
-        left = (1 - max(options.ratios)) * settings.epochs - settings.dynams_warmup
-        if left <= 0 or settings.dynams_warmup >= settings.epochs:
-            raise ExperimentError(
-                f"--dynams-warmup {settings.dynams_warmup}: with {max(options.ratios):g} pruned that uses up what "
-                f"{settings.epochs} epochs may see; make it smaller"
-            )
+        falling_shares(settings.epochs, settings.dynams_warmup, settings.dynams_every, 1 - max(options.ratios))
 
 
 def _within(allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
