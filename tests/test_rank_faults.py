@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,7 +212,8 @@ def torchrun(folder: Path, fault: str, sharded: bool) -> subprocess.CompletedPro
 def test_a_closure_that_raises_in_an_fsdp_model_ends_the_job(tmp_path: Path) -> None:
     """The other rank waits in a collective of the model's own, until torchrun ends it."""
     done = torchrun(tmp_path, 'raise ValueError("on purpose")', sharded=True)
-    assert "ValueError: on purpose" in done.stderr and "exitcode  : 1" in done.stderr, done.stderr
+    # -6: gloo's threads sometimes abort an interpreter that is on its way out.
+    assert "ValueError: on purpose" in done.stderr and re.search("exitcode  : (1|-6)\\b", done.stderr), done.stderr
 
 
 def test_a_killed_rank_ends_the_job_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
