@@ -158,7 +158,7 @@ def _is_library(item: Any, searched: set[str]) -> bool:
     """Whether the code of a function, class or module works on what it is given, so that its globals lead nowhere.
 
     That is taken for granted of installed packages: without it the loss of a program that has a console of rich or a
-    logger within reach is 5 ms of looking at every meta step, and 20,000 objects (50 ms) under pytest.
+    logger within reach is 5 ms of looking at every meta step, and 12,000 objects (50 ms) under pytest (AMD EPYC).
     """
     package = _package(item)
     return package in _CLOSED or (package not in searched and _is_installed(package))

@@ -37,7 +37,7 @@ def test_values(place: Place, variant: Variant, dtype: torch.dtype, state: torch
         setattr(case, name, shifted(getattr(case, name)))
     unaligned, unaligned_norm = place.moments(case)
     assert all(map(same_bits, kernel, compiled)) and all(map(identical, kernel, unaligned))
-    assert_as_good(flat(kernel), flat(plain), flat([case.exact(i) for i in range(len(SHAPES))]))
+    assert_as_good(flat(kernel), flat(plain), flat([case.exact(i) for i in range(len(SHAPES))]), case.factor)
     assert torch.equal(norm, unaligned_norm)
     torch.testing.assert_close(norm, plain_norm, rtol=1e-4, atol=0)
     if dtype in (F32, F64):  # the norm is that of the values as they were computed, before they are rounded for storage

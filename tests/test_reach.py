@@ -157,7 +157,6 @@ def by_calling(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
 
 
 LIBRARY = """
-import functools
 from torch import nn, ones
 MODEL = nn.BatchNorm1d(3)
 def called(x): return MODEL(x).sum()
@@ -188,7 +187,7 @@ def test_code_of_installed_packages_is_searched_only_if_the_closure_is_written_t
 
 
 def test_a_console_or_a_test_runner_within_reach_costs_little() -> None:
-    """Numbers of objects, not time: without the rule above some ten thousand."""
+    """Numbers of objects, not time: without the rule above 12,000."""
     console, request = pytest.importorskip("rich.console").Console(), pytest.mark.parametrize
     looked_at = []
 

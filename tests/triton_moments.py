@@ -24,7 +24,7 @@ def test_values(variant: Variant, dtype: torch.dtype, state: torch.dtype, chunks
     case.coefficients = case.coefficients.to(DEVICE)
     (kernel, norm), (plain, plain_norm) = case.run("triton"), case.run("reference")
     flat = [torch.cat([x.flatten() for x in xs]) for xs in (kernel, plain, [case.exact(i) for i in range(len(SHAPES))])]
-    assert_as_good(*flat)
+    assert_as_good(*flat, case.factor)
     if COMPARABLE:  # their square root is correctly rounded, torch's is not
         assert all(map(same_bits, kernel, case.run("cpu")[0]))
     if dtype in (F32, F64):
