@@ -25,6 +25,7 @@ _LONG = 1_000  # elements of one container looked at
 # Attributes of every module that lead to no other; `modules()` gives its submodules.
 _STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _LEAVES = (Tensor, str, bytes, int, float, complex, type, type(None))
+_LEAF_TYPES = {Tensor, nn.Parameter, str, int, float, bool, type(None)}  # most attributes of modules: told apart fast
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 # Objects of these packages are not searched for attributes, nor is their code.
 _CLOSED = {"torch", "numpy", "sama_kernels", "builtins", *sys.stdlib_module_names} - {"__main__"}
@@ -45,21 +46,41 @@ def reachable(roots: Iterable[object]) -> Reach:
     """Follow `roots` (closures, modules, lists of tensors), nearest things first."""
     found = Reach()
     queue = deque(roots)
-    searched = _packages(queue)
+    classes = _Classes(_packages(queue))
     seen: dict[int, object] = {}
     while queue and len(seen) < _LIMIT:
         item = queue.popleft()
         if id(item) in seen:
             continue
         seen[id(item)] = item  # keeps it alive, so that its id stays its own
-        if isinstance(item, nn.Module):  # at once, and not after the rest of a large container
+        if isinstance(item, nn.Module) and item not in found.modules:  # at once, not after the rest of a container
             inside = [m for m in item.modules() if m not in found.modules]
             found.modules.update(dict.fromkeys(inside))
             queue.extend(inside)
         found.compiled = found.compiled or _is_compiled(item)
-        queue.extend(x for x in _neighbours(item, searched) if not isinstance(x, _LEAVES))
+        queue.extend(
+            x for x in _neighbours(item, classes) if type(x) not in _LEAF_TYPES and not isinstance(x, _LEAVES)
+        )
     found.compiled = found.compiled or any(map(_is_compiled, found.modules))
     return found
+
+
+class _Classes:
+    """What one search needs to know of the class of an object, found once: a model has many modules of few classes."""
+
+    def __init__(self, searched: set[str]) -> None:
+        self.searched = searched
+        self._known: dict[type, tuple[bool, tuple[str, ...], list[type]]] = {}
+
+    def of(self, item: object) -> tuple[bool, tuple[str, ...], list[type]]:
+        """Whether the object's attributes are searched, its slots, and the classes whose functions are."""
+        kind = type(item)
+        known = self._known.get(kind)
+        if known is None:
+            is_open = isinstance(item, nn.Module | SimpleNamespace | argparse.Namespace) or not _from(kind, _CLOSED)
+            bases = [base for base in kind.__mro__ if not _is_library(base, self.searched)]
+            known = self._known[kind] = is_open, _slots(kind), bases
+        return known
 
 
 def _is_compiled(item: object) -> bool:
@@ -68,26 +89,43 @@ def _is_compiled(item: object) -> bool:
     return "_torchdynamo_orig_callable" in attributes or attributes.get("_compiled_call_impl") is not None
 
 
-def _neighbours(item: Any, searched: set[str]) -> Iterator[object]:
+def _slots(kind: type) -> tuple[str, ...]:
+    """The names of the slots of a class and of those that it inherits from."""
+    found: list[str] = []
+    for base in kind.__mro__:
+        own = vars(base).get("__slots__", ())
+        found.extend([own] if isinstance(own, str) else own)
+    return tuple(found)
+
+
+def _neighbours(item: Any, classes: _Classes) -> Iterable[object]:
     """The objects that `item` leads to."""
     if isinstance(item, FunctionType):
-        yield from _of_function(item, searched)
-    elif isinstance(item, MethodType):
-        yield from (item.__self__, item.__func__)
-    elif isinstance(item, functools.partial):
-        yield from (item.func, *item.args, *item.keywords.values())
-    elif isinstance(item, dict):
-        yield from tuple(islice(item.values(), _LONG))  # at once, as other threads may work on it
-    elif isinstance(item, _CONTAINERS):
-        yield from tuple(islice(item, _LONG))
-    elif isinstance(item, nn.Module | SimpleNamespace | argparse.Namespace) or not _from(type(item), _CLOSED):
-        attributes = getattr(item, "__dict__", {}).copy()
-        skipped = _STATE if isinstance(item, nn.Module) else ()
-        yield from (x for name, x in attributes.items() if name not in skipped and not (isinstance(x, dict) and not x))
-        yield from (getattr(item, name, None) for name in getattr(type(item), "__slots__", ()))
-        for base in type(item).__mro__:
-            if not _is_library(base, searched):
-                yield from (x for x in vars(base).values() if isinstance(x, FunctionType))
+        return _of_function(item, classes.searched)
+    if isinstance(item, MethodType):
+        return (item.__self__, item.__func__)
+    if isinstance(item, functools.partial):
+        return (item.func, *item.args, *item.keywords.values())
+    if isinstance(item, dict):
+        return tuple(islice(item.values(), _LONG))  # at once, as other threads may work on it
+    if isinstance(item, _CONTAINERS):
+        return tuple(islice(item, _LONG))
+    return _of_object(item, classes)
+
+
+def _of_object(item: object, classes: _Classes) -> Iterable[object]:
+    is_open, slots, bases = classes.of(item)
+    if not is_open:
+        return ()
+    attributes = getattr(item, "__dict__", {}).copy()
+    if isinstance(item, nn.Module):
+        for name in _STATE:
+            attributes.pop(name, None)
+    return (
+        *(x for x in attributes.values() if type(x) not in _LEAF_TYPES and not (isinstance(x, dict) and not x)),
+        *(getattr(item, name, None) for name in slots),
+        *(x for base in bases for x in vars(base).values() if isinstance(x, FunctionType)),
+    )
 
 
 def _of_function(function: FunctionType, searched: set[str]) -> Iterator[object]:

@@ -40,6 +40,10 @@ class Slots:
         return self.loss()
 
 
+class InheritedSlots(Slots):
+    __slots__ = "extra"  # a single name
+
+
 class Trainer:
     def __init__(self, model: nn.Module) -> None:
         self.parts = {"student": (model,)}
@@ -120,6 +124,8 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "much data": beside_much_data,
     "bound method": lambda model: Trainer(model).loss,
     "slots": lambda model: Slots(model),
+    "inherited slots": lambda model: InheritedSlots(model),
+    "single slot": lambda model: single_slot(model),
     "method of slots": lambda model: Slots(model).loss,
     "partial": lambda model: functools.partial(lambda net, x: net(x).sum(), model, x=X),
     "keyword of partial": lambda model: functools.partial(lambda x, net: net(x).sum(), X, net=model),
@@ -128,6 +134,12 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "submodule": lambda model: by_cell(nn.Sequential(nn.Sequential(model))),
     "hook": lambda model: by_cell(nn.Sequential(nn.Sequential(hooked(model)))),
 }
+
+
+def single_slot(model: nn.Module) -> InheritedSlots:
+    slots = InheritedSlots(nn.Identity())
+    slots.extra = model
+    return slots
 
 
 def hooked(model: nn.Module) -> nn.Module:
