@@ -2,8 +2,8 @@
 
 The sources are compiled unchanged, as C++; `cuda_emulation.h` stands in for csrc/cuda/runtime.h. What this shows is
 indexing and arithmetic: which element is read and written by which thread, barriers, heads and tails, tables that
-overflow, sums. It shows nothing about memory ordering between threads, about launches, streams and devices, or about
-speed; tests marked `gpu` do.
+overflow, sums; and that launches which are captured and replayed find their numbers in memory. It shows nothing about
+memory ordering between threads, about streams and devices, or about speed; tests marked `gpu` do.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ def library() -> ctypes.CDLL:
         torch.ops.load_library(str(path))
         loaded = ctypes.CDLL(str(path))
     loaded.emulation_launches.restype = ctypes.c_int64
+    loaded.emulation_end_capture.restype = ctypes.c_void_p
     loaded.definitions = definitions  # type: ignore[attr-defined]  # the ops live as long as this object
     return loaded
 
@@ -58,6 +60,16 @@ def scalars_on_device() -> Iterator[None]:
         yield
     finally:
         library().emulation_put_scalars_on_host(ctypes.c_bool(True))
+
+
+def captured(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """What `function` returned while its launches were captured instead of made, and what replays them."""
+    library().emulation_begin_capture()
+    try:
+        result = function()
+    finally:
+        graph = ctypes.c_void_p(library().emulation_end_capture())
+    return result, lambda: library().emulation_replay(graph)
 
 
 @contextmanager
@@ -94,6 +106,6 @@ def _compile(folder: Path) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     path = folder / "emulated.so"
-    link = ["-shared", *sanitize, *objects, "-o", path, f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
+    link = ["-shared", *sanitize, *objects, "-o", path, f"-L{torch_path / 'lib'}", "-ltorch_cpu", "-lc10"]
     subprocess.run([COMPILER, *link], check=True)
     return path

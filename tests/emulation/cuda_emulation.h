@@ -2,7 +2,8 @@
 //
 // One block runs after the other. The threads of a block are coroutines that hand over at barriers, so shared memory,
 // barriers and the division of work are the real ones. Nothing runs at the same time: what is shown is indexing and
-// arithmetic, not memory ordering, and not the launches themselves.
+// arithmetic, not memory ordering, and not the launches themselves. Launches can be captured and replayed like a CUDA
+// graph, with the parameters that they had then.
 #pragma once
 
 #include <cmath>
@@ -10,6 +11,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "graphs.h"
 #include "tensor_lists.h"
 
 #define __global__
@@ -55,9 +57,13 @@ class Launcher {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) const {
     static_assert((std::is_same_v<std::decay_t<Parameters>, Arguments> && ...), "as in csrc/cuda/runtime.h");
-    const auto call = [&] { kernel(arguments...); };
-    const auto body = [](void* data) { (*static_cast<decltype(call)*>(data))(); };
-    emulation::run(blocks, kThreads, body, const_cast<void*>(static_cast<const void*>(&call)));
+    // By value, as a graph has them: what they point to may have other contents in a replay.
+    const auto launch = [=] {
+      const auto call = [&] { kernel(arguments...); };
+      const auto body = [](void* data) { (*static_cast<decltype(call)*>(data))(); };
+      emulation::run(blocks, kThreads, body, const_cast<void*>(static_cast<const void*>(&call)));
+    };
+    emulation::capturing() ? emulation::add_to_graph(launch) : launch();
   }
 };
 

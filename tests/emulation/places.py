@@ -81,13 +81,8 @@ def shifted(tensors: Sequence[Tensor]) -> list[Tensor]:
     return copies
 
 
-@pytest.fixture(name="place", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def place_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
-    if request.param == "cuda":
-        why_not = backends.unavailable("cuda", torch.device("cuda"))
-        if why_not is not None:
-            pytest.skip(why_not)
-        return Place("cuda", "cuda")
+def use_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops take backend="emulated" too; the test is skipped where nothing can be compiled."""
     if emulation.COMPILER is None:
         pytest.skip("no C++ compiler")
     emulation.library()
@@ -97,4 +92,14 @@ def place_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         return getattr(torch.ops.sama_emulated, op).default if backend == "emulated" else compiled(op, backend)
 
     monkeypatch.setattr(backends, "kernel", kernel)
+
+
+@pytest.fixture(name="place", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param == "cuda":
+        why_not = backends.unavailable("cuda", torch.device("cuda"))
+        if why_not is not None:
+            pytest.skip(why_not)
+        return Place("cuda", "cuda")
+    use_emulation(monkeypatch)
     return Place("emulated", "cpu")
