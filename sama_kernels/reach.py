@@ -58,9 +58,7 @@ def reachable(roots: Iterable[object]) -> Reach:
             found.modules.update(dict.fromkeys(inside))
             queue.extend(inside)
         found.compiled = found.compiled or _is_compiled(item)
-        queue.extend(
-            x for x in _neighbours(item, classes) if type(x) not in _LEAF_TYPES and not isinstance(x, _LEAVES)
-        )
+        queue.extend(x for x in _neighbours(item, classes) if type(x) not in _LEAF_TYPES and not isinstance(x, _LEAVES))
     found.compiled = found.compiled or any(map(_is_compiled, found.modules))
     return found
 

@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sama_kernels import backends
 
+
 def capture_cuda_graphs(functions: list[Run]) -> list[Run]:
     """Each function as a CUDA graph. Warmed up on the stream of the capture, for which Triton then knows the tables."""
     stream = torch.cuda.Stream()

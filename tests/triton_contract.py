@@ -10,12 +10,14 @@ from typing import Any
 import problems
 import pytest
 import torch
+from captured import ADAPTATIONS, Capture, ElementWisePart, Run, capture_by_mode, check_replays
 from moments_cases import Moments, Variant
 from op_cases import BF16, F16, F32, F64, SEED, Adam, clones, identical, randn, same_bits
 from test_ops_contract import ERRORS
 from torch import Tensor
 
 from sama_kernels import backends, ops
+from sama_kernels.backends import triton as triton_backend
 from sama_kernels.backends.triton import launch, tables
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -149,6 +151,32 @@ def test_tables_are_found_again_by_address() -> None:
     ops.restore(params, moved, backend="triton")
     assert tables._tables.cache_info().misses == middle.misses + 1
     assert all(map(identical, params, expected))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU test_captured_steps.py captures real graphs")
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_captured_launches_find_their_numbers_in_memory(adaptation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph has them: the arguments of the capture, whose tensors have other contents in every replay."""
+    adapt_norm = importlib.import_module("sama_kernels.backends.triton.adapt_norm")
+    monkeypatch.setattr(adapt_norm, "_on_host", lambda scalar: False)
+    kind = type(adapt_norm.adam_kernel)
+    now = kind.run
+
+    def kernels(capture: Capture, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Run]:
+        def later(kernel: Any, *arguments: Any, **constants: Any) -> None:
+            capture.note(lambda: now(kernel, *arguments, **constants))
+
+        with pytest.MonkeyPatch.context() as patch, capture:
+            patch.setattr(kind, "run", later)
+            name = func.name().removeprefix("sama::").removesuffix("_triton")
+            return triton_backend.kernel(name)(*args, **kwargs), lambda: None  # all that it did has been noted
+
+    def capture(functions: list[Run]) -> list[Run]:
+        for function in functions:
+            function()  # the tables of addresses are made before, as on a GPU
+        return capture_by_mode(kernels)(functions)
+
+    check_replays(lambda: ElementWisePart("cpu", "triton", adaptation), capture)
 
 
 def reference_restored(p: Tensor, x: Tensor) -> Tensor:
