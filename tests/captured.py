@@ -114,7 +114,7 @@ class ElementWisePart:
 def check_replays(
     part: Callable[[], ElementWisePart], capture: Callable[[list[Run]], list[Run]], steps: int = 5
 ) -> None:
-    """Replays of what was captured of one part are eager calls of another, bit for bit, with other numbers each time."""
+    """Replays of what was captured of one part are eager calls of another, bit for bit, with new numbers each time."""
     eager, replayed = part(), part()
     replayed.fill(9)
     to_plus, to_minus, finish = capture([replayed.to_plus, replayed.to_minus, replayed.finish])
