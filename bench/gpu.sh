@@ -87,6 +87,8 @@ if [ "$device" = cuda ]; then
     # API errors that torch causes and handles are no fault of the kernels, whose launches are checked where they happen.
     sanitize memcheck --report-api-errors no
     sanitize racecheck
+    # torch's own detector of races between streams.
+    step streams 40 env TORCH_CUDA_SANITIZER=1 "$PYTHON" -m pytest -q -m gpu tests/test_overlap.py -p no:cacheprovider
     step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
     step meta_step_base 50 "$PYTHON" -m bench.meta_step --model base --batch 32 --tokens 128 --rounds 10 --out "$OUT"
     # Its table goes into steps.log: one file more in OUT would be too many.
@@ -98,6 +100,7 @@ else
     step sanitizer_driver 75 "$PYTHON" -m bench.sanitize
     skip memcheck "it needs a GPU"
     skip racecheck "it needs a GPU"
+    skip streams "it needs a GPU"
     step kernels 190 "$PYTHON" -m bench.kernels --quick --out "$OUT" --lists flat tiny bert-base
     step algorithms 60 "$PYTHON" -m bench.algorithms --quick
     step meta_step_tiny 60 "$PYTHON" -m bench.meta_step --model tiny --batch 2 --tokens 8 --rounds 3 --out "$OUT"

@@ -58,6 +58,7 @@ class OverlappedReduction:
         self._launched: list[tuple[Bucket, Any]] = []
         used = device.type == "cuda" and len(like) > 0
         self._side = torch.cuda.Stream(device) if used else None  # type: ignore[no-untyped-call]
+        self._writers: set[torch.cuda.Stream] = set()  # of gradients: a model may have branches on streams of their own
 
     def view(self, row: int) -> Tensor:
         """Where the gradient of a row lies, and its sum in the end."""
@@ -67,6 +68,8 @@ class OverlappedReduction:
     def ready(self, row: int) -> None:
         """The gradient of a row is in its `view`."""
         self._of_row[row][0].missing.discard(row)
+        if self._side is not None:
+            self._writers.add(torch.cuda.current_stream(self._side.device))
         while len(self._launched) < len(self.buckets) and not self.buckets[len(self._launched)].missing:
             self._launch(self.buckets[len(self._launched)])
 
@@ -80,12 +83,18 @@ class OverlappedReduction:
                     self._receive(bucket, work)
         self._launched = [(bucket, None) for bucket, _ in self._launched]
         if self._side is not None:
-            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+            current = torch.cuda.current_stream(self._side.device)
+            current.wait_stream(self._side)
+            for bucket in self.buckets:
+                bucket.flat.record_stream(current)
 
     def _launch(self, bucket: Bucket) -> None:
         if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-            bucket.flat.record_stream(self._side)
+            flat = bucket.flat
+            for stream in self._writers | {torch.cuda.current_stream(self._side.device)}:
+                self._side.wait_stream(stream)
+                flat.record_stream(stream)
+            flat.record_stream(self._side)
         with self._on_side():
             if self._prepare is not None:
                 self._prepare(bucket)
