@@ -35,9 +35,9 @@ def a_step(
     parts = [norm_sq.to(place.device), ops.adapt_norm_scale(scaled, 0.7, backend=backend)]
     norm, step, _ = ops.step_size(parts, 0.5, 1e-12, backend=backend)
     sums = ops.perturb(p, x, epsilon, ops.PLUS, rounding=ops.STOCHASTIC, seed=seed, measure=True, backend=backend)
-    theta_plus = cpu(p)
+    theta_plus = cpu(clones(p))
     ops.perturb(p, x, epsilon, ops.MINUS, backend=backend)
-    theta_minus = cpu(p)
+    theta_minus = cpu(clones(p))
     ops.restore(p, x, backend=backend)
     assert all(map(identical, cpu(p), params))
     ops.central_difference(plus, place.put(params), [], epsilon, epsilon, backend=backend)
