@@ -41,8 +41,8 @@ def synchronize() -> None:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4)
+    """Median and quartiles; of a single value all three are that value."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median": median, "q25": low, "q75": high}
 
 

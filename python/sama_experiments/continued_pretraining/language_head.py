@@ -25,7 +25,8 @@ def fit_language_head(
     torch.manual_seed(seed)
     model = MultitaskModel(encoder, 2, "mean", new_language_head(encoder)).eval()
     generator = torch.Generator().manual_seed(seed)
-    batches = shuffled_batches(torch.arange(len(corpus.lengths)), corpus.lengths, BATCH, generator)
+    rows = torch.arange(len(corpus.lengths), device=corpus.lengths.device)
+    batches = shuffled_batches(rows, corpus.lengths, BATCH, generator)
     for parameter in model.encoder.parameters():
         parameter.requires_grad_(False)
     head = model.language_head
