@@ -16,7 +16,7 @@ from sama_kernels import checks
 from sama_kernels.adaptation import gradient_of_step, step_record
 from sama_kernels.backends.reference import compute_dtype
 from sama_kernels.distributed.sharded import local
-from sama_kernels.types import Clipping, Problem
+from sama_kernels.types import Clipping, Problem, as_tensor
 
 _GUARD = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
 
@@ -30,7 +30,7 @@ def clip_coef(total_norm: float | Tensor, max_norm: float) -> Tensor:
     Returns: 0-dim, in the dtype and on the device of `total_norm`; for `clip_coef=` of `meta_grad`.
     """
     checks.positive("max_norm", max_norm)
-    return (max_norm / (torch.as_tensor(total_norm) + _GUARD)).clamp(max=1.0)
+    return (max_norm / (as_tensor(total_norm) + _GUARD)).clamp(max=1.0)
 
 
 def checked(coef: Any, rank_one: bool, value: Any, device: torch.device) -> Clipping:

@@ -66,7 +66,7 @@ class LabelCorrector(nn.Module):
         if not 0 < start_gate < 1:
             raise ValueError(f"start_gate: must be between 0 and 1, got {start_gate}")
         self.classes = classes
-        logit = torch.logit(torch.tensor(start_gate, dtype=torch.float64)).item()
+        logit = torch.logit(torch.tensor(start_gate, dtype=torch.float64, device="cpu")).item()
         self.net = _two_layers(features + classes, hidden, [0.0] * classes + [logit])
 
     def forward(self, features: Tensor, labels: Tensor, given: Tensor | None = None) -> Tensor:

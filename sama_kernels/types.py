@@ -14,6 +14,11 @@ Closure = Callable[[], Tensor]
 """Takes nothing, returns a scalar loss; is called again at the perturbed parameters."""
 
 
+def as_tensor(x: float | Tensor) -> Tensor:
+    """A tensor as it is, where it is; a number on the CPU. torch.as_tensor moves both to torch's default device."""
+    return x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")
+
+
 @dataclass(frozen=True)
 class Relative:
     """A length that is given as a fraction of ||theta||_2; `relative` makes it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from sama_kernels.adaptation import step_record
 from sama_kernels.adaptation.general import carried, general, scalar
 from sama_kernels.adaptation.plan import GroupStep, OpCall
+from sama_kernels.types import as_tensor
 
 
 def adafactor(step: GroupStep) -> list[OpCall]:
@@ -73,7 +74,7 @@ def transformers_adafactor(grad: Tensor, param: Tensor, state: dict[str, Any], h
     t, (eps1, eps2) = state["step"], hyper["eps"]
     lr: float | Tensor = _transformers_lr(t, hyper)
     if hyper["scale_parameter"]:
-        lr = lr * torch.as_tensor(state["RMS"]).clamp(min=eps2)
+        lr = lr * as_tensor(state["RMS"]).clamp(min=eps2)
     rate = t ** hyper["decay_rate"]  # 1 - beta2
     square = grad.square() + eps1
     if grad.dim() > 1:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from sama_kernels import ops
 from sama_kernels.adaptation.plan import GroupStep, OpCall
+from sama_kernels.types import as_tensor
 
 
 def adam(step: GroupStep) -> list[OpCall]:
@@ -24,7 +23,7 @@ def adam(step: GroupStep) -> list[OpCall]:
         [s["exp_avg_sq"] for s in states],
         [s["max_exp_avg_sq"] for s in states] if h["amsgrad"] else [],
         [step.params[i] for i in used] if decay != 0.0 else [],
-        [torch.as_tensor(s["step"]) for s in states],
+        [as_tensor(s["step"]) for s in states],
     )
     beta1, beta2 = h["betas"]
     options = {

@@ -107,7 +107,7 @@ def _call(
 
 def _counters(steps: list[Any]) -> list[Tensor]:
     """torchao's are tensors; bitsandbytes' are ints, nearly always the same one."""
-    known = {t: torch.tensor(float(t)) for t in {t for t in steps if not isinstance(t, Tensor)}}
+    known = {t: torch.tensor(float(t), device="cpu") for t in {t for t in steps if not isinstance(t, Tensor)}}
     return [t if isinstance(t, Tensor) else known[t] for t in steps]
 
 

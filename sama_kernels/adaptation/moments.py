@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sama_kernels import ops
 from sama_kernels.adaptation.plan import GroupStep, OpCall
+from sama_kernels.types import as_tensor
 
 Number = float | Tensor
 """A number that all tensors share, or float64 numbers of all tensors, 0-dim or (tensors,)."""
@@ -24,7 +25,7 @@ def gathered(
     parameters, without waiting for it.
     """
     lr = step.hyper["lr"]
-    columns = [[torch.as_tensor(state[key]).detach().reshape(()) for state in states] for key in keys]
+    columns = [[as_tensor(state[key]).detach().reshape(()) for state in states] for key in keys]
     scalars = [x for column in columns for x in column] + ([lr] if isinstance(lr, Tensor) else [])
     place = torch.device("cpu")
     if any(x.device.type != "cpu" for x in scalars):

@@ -69,7 +69,7 @@ def step(
         n = len(rows)
         for k, row in enumerate(rows):
             moved[row] = out[k]
-            count = torch.tensor(float(hyper.t), dtype=torch.float64)
+            count = torch.tensor(float(hyper.t), dtype=torch.float64, device="cpu")
             after[row] = {"step": count, "exp_avg": out[n + k], "exp_avg_sq": out[2 * n + k]}
     return moved, after
 

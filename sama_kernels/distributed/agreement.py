@@ -126,7 +126,7 @@ _asked: list[tuple[Tensor, torch.cuda.Event]] = []
 
 def ask_later(failed: Tensor) -> None:
     """Begin to copy the flags to the host; `learn_of_failures` looks at them once they are there."""
-    copy = torch.empty(failed.shape, dtype=failed.dtype, pin_memory=True)
+    copy = torch.empty(failed.shape, dtype=failed.dtype, device="cpu", pin_memory=True)
     copy.copy_(failed, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()

@@ -121,7 +121,7 @@ def bias_corrections(steps: Sequence[Tensor], beta1: float, beta2: float) -> Ten
     """(c1, c2, t) of every tensor, float64, on the CPU."""
     counts = [float(t.item()) for t in steps]
     known = {t: (1 - beta1**t, 1 - beta2**t, t) for t in set(counts)}
-    return torch.tensor([known[t] for t in counts], dtype=torch.float64)
+    return torch.tensor([known[t] for t in counts], dtype=torch.float64, device="cpu")
 
 
 @triton.jit(do_not_specialize=["chunks", "rows", "slots", "corrections", "lr_tensor"])

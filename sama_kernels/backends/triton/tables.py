@@ -162,9 +162,9 @@ def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...]
     the same place from torch's caching allocator. A table says nothing but where tensors are, and is found by that,
     so it cannot be out of date. Per stream: the copy to the device is ordered before the kernels of its own only.
     """
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     counts = (table[:, 0] + chunk - 1) // chunk
-    row = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    number = torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]
+    row = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
+    number = torch.arange(row.numel(), device="cpu") - (counts.cumsum(0) - counts)[row]
     both = upload(torch.cat([table.flatten(), row << 32 | number]), device)
     return both[: table.numel()].view(table.shape), both[table.numel() :]
