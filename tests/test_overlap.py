@@ -14,6 +14,9 @@ from parallel import Divided
 from problems import flat, relative_error
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import sama_kernels as sk
 from sama_kernels.distributed import reduction
@@ -96,6 +99,34 @@ def test_one_rank_that_talks_to_itself(device: str) -> None:
     assert len(found) == 8
     for alone, grouped in found.values():
         assert relative_error(grouped, alone) < 1e-12
+
+
+def _wrapped(rank: int, world: int, device: str, kind: str) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for options in ({}, {"sync": "full"}, {"sync": "full", "update_base": True}, {"difference": "forward"}):
+        for wrapped in (False, True):
+            problem = Divided(device=device)
+            if wrapped and kind == "ddp":
+                problem.net = DistributedDataParallel(problem.net)  # type: ignore[assignment]
+            elif wrapped:
+                mesh = init_device_mesh(device, (1,))
+                for part in (problem.net[0], problem.net[2], problem.net):
+                    fully_shard(part, mesh=mesh)
+            optimizer = torch.optim.AdamW(problem.net.parameters(), lr=0.01)
+            problem.train(optimizer)
+            out = problem.meta_grad(optimizer, group=dist.group.WORLD, bucket_mib=1e-4, **options)
+            theta: list[Any] = list(problem.net.parameters())
+            local = [p.to_local() if kind == "fsdp" and wrapped else p for p in theta]
+            found.setdefault(str(options), []).append(flat([*out.grads, out.norm[None], *local]).cpu())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_wrapped_models_of_one_rank(device: str, kind: str) -> None:
+    (found,) = run_ranks(1, _wrapped, device, kind, backend=BACKENDS[device])
+    for bare, wrapped in found.values():
+        assert relative_error(wrapped, bare) < 1e-12
 
 
 def _without_waiting(rank: int, world: int, device: str) -> None:
