@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -62,14 +62,14 @@ class Interrupts:
 
 
 class RngState:
-    """The state of every generator a loss may draw from: torch's (CPU and the given devices), Python's, NumPy's.
-
-    `with RngState(devices) as rng:` leaves them as it found them.
+    """The state of every generator a loss may draw from: torch's (of the CPU and of all GPUs: frozen layers may be on
+    another one than theta), Python's, NumPy's. `with RngState() as rng:` leaves them as it found them.
     """
 
-    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+    def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in set(devices) if d.type == "cuda"}
+        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._cuda = [torch.cuda.get_rng_state(d) for d in range(torch.cuda.device_count() if initialized else 0)]
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy is not None else None
@@ -83,7 +83,7 @@ class RngState:
     def restore(self) -> None:
         """Set all generators back to this state."""
         torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
+        for device, state in enumerate(self._cuda):
             torch.cuda.set_rng_state(state, device)
         random.setstate(self._python)
         if self._numpy is not None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
-import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakIdKeyDictionary
@@ -152,7 +151,7 @@ class Recording:
         if _session.handler is not None:  # inside a pass or another recording, which has its own tape
             return self._closure()
         self.tape = None
-        tape = Tape(RngState(_cuda_devices()))
+        tape = Tape(RngState())
         with handling(tape.record):
             loss = self._closure()
         if not tape.is_empty():
@@ -204,8 +203,3 @@ def code_of(closure: Closure) -> CodeType | None:
     while hasattr(closure, "__wrapped__"):
         closure = closure.__wrapped__
     return getattr(closure, "__code__", None)
-
-
-def _cuda_devices() -> list[torch.device]:
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return [torch.device("cuda", torch.cuda.current_device())] if initialized else []

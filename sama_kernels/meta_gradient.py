@@ -224,7 +224,7 @@ def _sama(problem: Problem) -> MetaGradient:
     with (
         Interrupts() as interrupts,
         torch.no_grad(),
-        RngState({p.device for p in problem.base_params}) as rng,
+        RngState() as rng,
         buffer_guard(problem) as buffers,
         ranks_of(problem) as ranks,
         quiet(problem.reached),

@@ -27,6 +27,43 @@ def test_success_leaves_everything_as_it_was(backend: str, dtype: torch.dtype) -
     assert_same(before, setting.state())
 
 
+class Gpus:
+    """The random number generators of two GPUs, of which torch knows the first as the current one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.states = [torch.tensor([0], dtype=torch.uint8) for _ in range(2)]
+        self.drawn: list[list[int]] = []
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: self.states[int(device)].clone())
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: self.states[int(device)].copy_(state))
+
+    def draw(self) -> None:
+        self.drawn.append([int(state) for state in self.states])
+        for state in self.states:
+            state.add_(1)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_every_gpu_draws_the_same_numbers_in_both_passes(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen layers with dropout may be on another one than theta, and than the current one."""
+    gpus, setting = Gpus(monkeypatch), Setting()
+
+    def base_loss() -> Tensor:
+        gpus.draw()
+        return setting.base_loss()
+
+    if recorded:
+        base_loss = sk.recorded(base_loss)
+        base_loss()
+    gpus.states[1].add_(50)
+    before = [int(state) for state in gpus.states]
+    gpus.drawn.clear()
+    setting.meta_grad(base_loss=base_loss)
+    assert len(gpus.drawn) >= 2 and gpus.drawn == [[0, 0] if recorded else before] * len(gpus.drawn)
+    assert [int(state) for state in gpus.states] == before
+
+
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("call", [0, 1, 2, 3])
 @pytest.mark.parametrize("backend", BACKENDS)

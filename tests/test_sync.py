@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel import Divided, bits_of
 from problems import OPTIMIZERS, flat, relative_error
 from ranks import run_ranks
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import sama_kernels as sk
+from sama_kernels.distributed import agreement
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -251,3 +255,24 @@ def _living_tensors(rank: int, world: int) -> list[int]:
 def test_nothing_of_a_meta_step_is_kept() -> None:
     for counts in run_ranks(2, _living_tensors):
         assert max(counts) - min(counts) <= 2  # gloo's thread lets go of the last two that were sent a little later
+
+
+def test_objects_are_sent_from_the_gpu_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes the current one, which is the same on all ranks where nobody has called torch.cuda.set_device."""
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def gather(everyone: list[Any], own: Any, group: Any) -> None:
+        assert current[-1] == torch.device("cuda", 1)
+        everyone[:] = [own] * 2
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    agreement.agree(object(), {"sync": "full"}, torch.device("cuda", 1))
+    assert current == [torch.device("cuda", 0)]

@@ -129,7 +129,7 @@ class F2SA(_Penalty):
         """Moves theta and z, and adds to the `.grad` of lambda."""
         self._look(base_loss, meta_loss)
         m = self.multiplier
-        with RngState({p.device for p in self._theta}) as self._rng:
+        with RngState() as self._rng:
             z = self._descend(base_loss, self.z, self._inner_lr, self._inner_steps)
             outer = self._gradients("meta_loss", meta_loss)
             here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)
@@ -181,7 +181,7 @@ class BOME(_Penalty):
     def step(self, base_loss: Closure, meta_loss: Closure) -> PenaltyStep:
         """Moves theta, and adds to the `.grad` of lambda. Nothing is kept from one step to the next."""
         self._look(base_loss, meta_loss)
-        with RngState({p.device for p in self._theta}) as self._rng:
+        with RngState() as self._rng:
             z = self._descend(base_loss, self._theta, self._inner_lr, self._inner_steps)
             outer = self._gradients("meta_loss", meta_loss)
             here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)

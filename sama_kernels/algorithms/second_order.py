@@ -33,7 +33,7 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
     _check(problem, algorithm)
     with Interrupts() as interrupts, torch.no_grad():
         with (
-            RngState({p.device for p in problem.base_params}) as rng,
+            RngState() as rng,
             buffer_guard(problem) as buffers,
             ranks_of(problem) as ranks,
             quiet(problem.reached),

@@ -53,7 +53,6 @@ class Unroll:
         self._buffers = buffers
         self._end: End | None = None
         self._problem, self._options, self._interrupts = problem, options, interrupts
-        self._devices = {p.device for p in problem.base_params}
         assert problem.optimizer is not None  # checks.held_by
         self._optimizer: Optimizer = problem.optimizer
         if "differentiable" not in self._optimizer.defaults:
@@ -111,7 +110,7 @@ class Unroll:
         theta, state = [p.detach() for p in problem.base_params], self._state()
         losses = []
         for step in range(self._options.steps):
-            kept.append((theta, state, RngState(self._devices)))
+            kept.append((theta, state, RngState()))
             with torch.enable_grad():
                 theta, state, loss = self._step(step, _leaves(theta), state)
             theta, state = [x.detach() for x in theta], [_detached(s) for s in state]
@@ -147,7 +146,7 @@ class Unroll:
     def _note_end(self, theta: Sequence[Tensor], state: State) -> None:
         if self._options.advance:
             after = [x.detach() for x in theta], [_detached(s) for s in state]
-            self._end = End(*after, RngState(self._devices), self._buffers.moved())
+            self._end = End(*after, RngState(), self._buffers.moved())
 
     def _step(self, step: int, theta: Sequence[Tensor], state: State) -> tuple[list[Tensor], State, Tensor]:
         """theta and the state after one step, with their graph, and L_base before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,15 @@ def describe(tensors: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], str], ..
     return tuple((tuple(t.shape), str(t.dtype)) for t in tensors)
 
 
-def agree(group: Any, description: dict[str, Any]) -> None:
+def agree(group: Any, description: dict[str, Any], device: torch.device) -> None:
     """Raise on every rank, before the first collective of a meta step, unless all are about to make the same one.
 
     The ranks exchange descriptions when theirs is new, that is at the first meta step.
 
     Arguments:
         description: by the name of the argument: anything that compares with `==` and prints well.
+        device: of the parameters. NCCL sends objects from the current one, which all ranks share (cuda:0) where nobody
+            has called torch.cuda.set_device.
     Raises:
         ValueError: names the argument that differs and what each rank has.
     """
@@ -32,7 +35,8 @@ def agree(group: Any, description: dict[str, Any]) -> None:
     if key in _agreed:
         return
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, description, group=group)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        dist.all_gather_object(everyone, description, group=group)
     for name in description:
         values = [other[name] for other in everyone]
         if any(value != values[0] for value in values):
@@ -129,7 +133,7 @@ def ask_later(failed: Tensor) -> None:
     copy = torch.empty(failed.shape, dtype=failed.dtype, device="cpu", pin_memory=True)
     copy.copy_(failed, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(torch.cuda.current_stream(failed.device))
     _asked.append((copy, event))
 
 

@@ -223,7 +223,7 @@ def _agree(problem: Problem, how: Synchronisation) -> None:
         "bucket_mib": how.bucket_mib,
         "comm_hook": given[how.comm_hook is not None],
     }
-    agree(how.group, description)
+    agree(how.group, description, problem.base_params[0].device)
 
 
 def _check_placements(problem: Problem, direct: bool, world: int) -> None:
