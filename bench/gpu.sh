@@ -4,6 +4,7 @@
 #   PYTHON   the interpreter that has torch (python3)        OUT     where results go (gpu_results): at most 8 files
 #   WHEELS   a folder of wheels of packages that are missing  COMMIT  what the JSON calls this tree where there is no git
 #   DRY_RUN=1  go through the same steps on the CPU with small sizes, as far as they go
+#   ONLY="kernels tests"  these steps alone, by the names in OUT/steps.log (the kernels must have been built before)
 #
 # Builds in place, runs the tests marked `gpu`, compute-sanitizer over every kernel, the benchmarks and the report. A
 # step that fails or takes too long does not stop the others. OUT/summary.json says how each went; exit status 0 means
@@ -39,19 +40,24 @@ OUT=$(cd "$OUT" && pwd)
 rm -f "$OUT"/summary.json "$OUT"/steps.log "$OUT"/tests.xml "$OUT"/kernels_*.{jsonl,png} "$OUT"/meta_step_*.json "$OUT"/scaling_*
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+touch "$scratch/steps"
 export PYTHONPATH="$PWD:$PWD/python:$scratch/packages${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton" MPLCONFIGDIR="$scratch"
 
+# wanted NAME: whether ONLY lets this step run.
+wanted() { [[ -z "${ONLY:-}" || " $ONLY " == *" $1 "* ]]; }
+
 # step NAME LIMIT COMMAND...: run it for at most LIMIT seconds, less if the time for all steps runs out; note the result.
 step() {
+    wanted "$1" || return
     local name=$1 limit=$2 begin=$SECONDS status
     shift 2
     local left=$((TOTAL - (SECONDS - BEGIN)))
     [ "$limit" -gt "$left" ] && limit=$left
     echo "=== $name (at most $limit s): $*" | tee -a "$OUT/steps.log"
     if [ "$limit" -gt 0 ]; then
-        timeout --kill-after=5 "$limit" "$@" >>"$OUT/steps.log" 2>&1
-        status=$?
+        timeout --kill-after=5 "$limit" "$@" 2>&1 | sed -u "s/^/$name| /" >>"$OUT/steps.log"
+        status=${PIPESTATUS[0]}
     else
         status=124
     fi
@@ -61,6 +67,7 @@ step() {
 
 # skip NAME WHY: note that a step was left out.
 skip() {
+    wanted "$1" || return
     echo "=== $1: skipped, $2" | tee -a "$OUT/steps.log"
     printf '%s\tskipped\t0\t%s\n' "$1" "$2" >>"$scratch/steps"
 }
@@ -71,7 +78,7 @@ sanitize() {
     shift
     if command -v compute-sanitizer >/dev/null; then
         # Without torch's caching allocator every tensor is an allocation of its own, with an end that is watched.
-        step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "$@" \
+        step "$tool" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "$@" \
             --error-exitcode 9 --print-limit 20 "$PYTHON" -m bench.sanitize
     else
         skip "$tool" "compute-sanitizer is not in PATH"
@@ -82,21 +89,28 @@ if [ -n "${WHEELS:-}" ]; then
     step wheels 60 "$PYTHON" -m pip install --no-index --no-deps --target "$scratch/packages" "$WHEELS"/*.whl
 fi
 step build 150 "$PYTHON" setup.py build_ext --inplace --force --build-temp "$scratch/build"
-step tests 120 "$PYTHON" -m pytest -q -m gpu --junitxml "$OUT/tests.xml" -p no:cacheprovider
 if [ "$device" = cuda ]; then
+    # Whatever is not timed runs at the same time, each for at most 150 seconds.
+    step tests 150 "$PYTHON" -m pytest -q -m gpu --ignore tests/test_triton_kernels.py --junitxml "$OUT/tests.xml" \
+        -p no:cacheprovider &
+    for module in values moments low_bit contract; do
+        step "triton_$module" 150 "$PYTHON" -m pytest -q "tests/triton_$module.py" -p no:cacheprovider &
+    done
     # API errors that torch causes and handles are no fault of the kernels, whose launches are checked where they happen.
-    sanitize memcheck --report-api-errors no
-    sanitize racecheck
+    sanitize memcheck --report-api-errors no &
+    sanitize racecheck &
     # torch's own detector of races between streams.
-    step streams 40 env TORCH_CUDA_SANITIZER=1 "$PYTHON" -m pytest -q -m gpu tests/test_overlap.py -p no:cacheprovider
-    step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
+    step streams 150 env TORCH_CUDA_SANITIZER=1 "$PYTHON" -m pytest -q -m gpu tests/test_overlap.py -p no:cacheprovider &
+    wait
+    step kernels 175 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 150 \
+        --lists flat tiny bert-base llama-1b
     step meta_step_base 50 "$PYTHON" -m bench.meta_step --model base --batch 32 --tokens 128 --rounds 10 --out "$OUT"
+    step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
+    step scaling 60 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT" # NCCL, as many processes as GPUs
     # Its table goes into steps.log: one file more in OUT would be too many.
     step algorithms 40 "$PYTHON" -m bench.algorithms --model small --batch 16 --tokens 64 --seconds 15
-    step scaling 60 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT" # NCCL, as many processes as GPUs
-    step kernels 190 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 165 \
-        --lists flat tiny bert-base llama-1b
 else
+    step tests 120 "$PYTHON" -m pytest -q -m gpu --junitxml "$OUT/tests.xml" -p no:cacheprovider
     step sanitizer_driver 75 "$PYTHON" -m bench.sanitize
     skip memcheck "it needs a GPU"
     skip racecheck "it needs a GPU"

@@ -244,6 +244,10 @@ def test_gpu_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [step["status"] for step in summary["steps"]] == ["ok", "out of time", "skipped"]
     assert summary["tests"] == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2} and not summary["ok"]
     assert "cpu" in summary["backends"] and summary["machine"]["commit"]
+    for names, status in ((["build", "tests"], 1), (["kernels"], 0), ([], 1)):  # ONLY; pytest wrote no counts
+        steps.write_text("".join(f"{name}\t0\t30\t150\n" for name in names))
+        (tmp_path / "tests.xml").unlink(missing_ok=True)
+        assert gpu_summary.main([str(steps), str(tmp_path), "--device", "cpu"]) == status
 
 
 def test_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
