@@ -4,6 +4,7 @@ Everything else about the package is in pyproject.toml.
 
 SAMA_KERNELS_EXT=0    install without compiled kernels (the ops then run in plain PyTorch, or in Triton on a GPU)
 SAMA_KERNELS_CUDA     auto (default): CUDA kernels if an nvcc >= 12.8 is found; 1: an error if there is none; 0: never
+SAMA_KERNELS_SPILLS   warn (default) or error: what a CUDA kernel that spills registers is
 TORCH_CUDA_ARCH_LIST  the GPUs to compile for, as torch spells them; "8.0;9.0;10.0+PTX" if unset. No GPU is asked.
 CUDA_HOME, CUDA_PATH  where the CUDA toolkit is, if `nvcc` is not in PATH
 CXX, CXXFLAGS         as usual
@@ -212,6 +213,7 @@ NVCC: Nvcc | None = None
 
 def cuda_kernels(nvcc: Nvcc) -> Extension:
     archs = cuda_archs()
+    strict = ",-Werror" if choice("SAMA_KERNELS_SPILLS", "warn", ("warn", "error")) == "error" else ""
     return Extension(
         CUDA_NAME,
         sources=COMMON + sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")),
@@ -222,10 +224,10 @@ def cuda_kernels(nvcc: Nvcc) -> Extension:
         libraries=["torch_cpu", "cudart_static", "dl", "pthread", "rt"],
         extra_link_args=["-Wl,--exclude-libs,ALL"],
         define_macros=[*MACROS, ("USE_CUDA", ""), ("SAMA_CUDA_ARCH_LIST", '"' + ";".join(archs) + '"')],
-        # As for the CPU: no --use_fast_math, no fused multiply-add, the same bits. A kernel that spills registers or
-        # needs a stack fails the build.
+        # As for the CPU: no --use_fast_math, no fused multiply-add, the same bits. That no kernel spills registers or
+        # needs a stack has been seen with one nvcc and the default architectures: elsewhere it is a warning.
         extra_compile_args=[
-            "-std=c++17", "-O3", "--threads=4", "--fmad=false", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror",
+            "-std=c++17", "-O3", "--threads=4", "--fmad=false", "-Xptxas=-warn-spills,-warn-lmem-usage" + strict,
             "-Xcompiler=-fPIC,-g0,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wno-psabi", *gencode(archs),
         ],
         language="c++",

@@ -43,7 +43,6 @@ FUSED = ("cpu", "cuda", "triton")
 ADAMS = ("adapt_norm_adam", "adapt_norm_adam8bit")
 STATEFUL = (*ADAMS, "adapt_norm_rmsprop", "adapt_norm_nadam", "adapt_norm_adadelta", "element_wise_part")
 COPY_ELEMENTS = 100_000_000
-COMPILE_AT_MOST = 200  # tensors: the reference's code is unrolled over the list
 Calls = dict[str, tuple[timing.Call, timing.Call]]  # what to do before a call, the call
 
 
@@ -147,7 +146,7 @@ class Bench:
         found: dict[str, Contender] = {name: Library(inputs, name, lists) for name in (*fused, "reference")}
         found["foreach"] = Foreach(inputs)
         if self.options.compile == "all" or self.options.compile == key["dtype"]:
-            if key["tensors"] <= COMPILE_AT_MOST:
+            if key["tensors"] <= self.options.compile_at_most:
                 found["compile"] = Library(inputs, "reference", lists, compiled=True)
             else:
                 self.note(
@@ -236,6 +235,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", metavar="OP", default=names, help="names or their beginnings")
     parser.add_argument("--compile", choices=["all", "none", *PRECISIONS],
                         help="dtypes for which torch.compile takes part (takes minutes); default: fp32")  # fmt: skip
+    parser.add_argument(
+        "--compile-at-most", type=int, default=200, metavar="TENSORS",
+        help="longer lists are not compiled: the reference's code is unrolled over the list",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--at-least", type=int, default=5, help="rounds, whatever --seconds says")

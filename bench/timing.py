@@ -46,20 +46,20 @@ class CpuClock:
 class CudaClock:
     """Time between two events on the current stream, and the time in which the host has launched the call.
 
-    Before every call a buffer of several times the L2 cache is written. Then the GPU is kept busy for about a
-    millisecond, as it is by the passes of a real meta step: a call that is launched meanwhile shows the time of its
-    kernels; one with more launches than that shows what they cost beyond it.
+    Before every call a buffer of several times the L2 cache is read, which leaves nothing there for the call to write
+    back. Then the GPU is kept busy for about a millisecond, as it is by the passes of a real meta step: a call that is
+    launched meanwhile shows the time of its kernels; one with more launches than that shows what they cost beyond it.
     """
 
     HEAD_START_CYCLES = 2_000_000
 
     def __init__(self, device: torch.device, flush_bytes: int | None = None) -> None:
         l2_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty((flush_bytes or 4 * l2_bytes) // 4, device=device)
+        self.flush = torch.ones((flush_bytes or 4 * l2_bytes) // 4, device=device)
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def time(self, call: Call) -> tuple[float, float]:
-        self.flush.fill_(1.0)
+        self.flush.sum()
         torch.cuda.synchronize()
         torch.cuda._sleep(self.HEAD_START_CYCLES)
         self.start.record()

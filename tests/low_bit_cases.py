@@ -40,7 +40,7 @@ class LowBit:
             stored = [self._quantised(x.flatten(), self._table(signed, i)) for i, x in enumerate(moments)]
             for k, part in enumerate(("codes", "scales", "tables")):
                 setattr(self, f"{name}_{part}", [parts[k] for parts in stored])
-        self.steps = [torch.tensor(float(t))] * len(shapes)
+        self.steps = [torch.tensor(float(t), device="cpu")] * len(shapes)
 
     def _table(self, signed: bool, i: int) -> Tensor:
         grid = torch.linspace(-1 if signed else 0, 1, 2**self.bits)

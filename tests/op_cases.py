@@ -28,6 +28,12 @@ needs_cpu_kernels = pytest.mark.skipif(
 )
 
 
+def free_memory() -> int:
+    """Bytes of the GPU that a test may take, without what this process keeps from the tests before it."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
 def randn(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = F32, scale: float = 1.0) -> list[Tensor]:
     return [(torch.randn(shape) * scale).to(dtype) for shape in shapes]
 
@@ -89,7 +95,7 @@ class Adam:
         if options["amsgrad"]:  # half of them are the maximum of this step
             self.maxima = [torch.where(torch.rand(w.shape) < 0.5, w, 2 * w) for w in self.exp_avg_sqs]
         self.params = randn(shapes, dtype) if options["weight_decay"] else []
-        self.steps = [torch.tensor(float(options.pop("t")))] * len(shapes)
+        self.steps = [torch.tensor(float(options.pop("t")), device="cpu")] * len(shapes)
         self.amsgrad = options.pop("amsgrad")
         self.scalars = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, **options}
 

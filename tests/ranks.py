@@ -24,6 +24,8 @@ def _rank_main(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(world), str(rank)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
         backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT
     )

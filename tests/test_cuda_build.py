@@ -82,6 +82,7 @@ def compiler() -> Compiler:
         "print(json.dumps(nvcc and [nvcc.path, extension.extra_compile_args, extension.define_macros]))\n"
     )
     variables = {k: v for k, v in os.environ.items() if not k.startswith("SAMA_KERNELS")}
+    variables["SAMA_KERNELS_SPILLS"] = "error"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=variables, text=True, capture_output=True, check=True
     )

@@ -9,7 +9,7 @@ import emulation
 import pytest
 import torch
 from emulation.places import Place, cpu, place_fixture  # noqa: F401
-from op_cases import BF16, F32, F64, SEED, Adam, clones, identical, needs_cpu_kernels, randn, same_bits
+from op_cases import BF16, F32, F64, SEED, Adam, clones, free_memory, identical, needs_cpu_kernels, randn, same_bits
 from test_ops_contract import ERRORS, op_inputs
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -232,7 +232,7 @@ def test_mixed_devices(gpu: Place, where: tuple[str, str], message: str) -> None
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 def test_more_elements_than_32_bits_count(gpu: Place, shift: int) -> None:
     numel = 2**32 + 2**20 + 3
-    if torch.cuda.mem_get_info()[0] < 6 * numel:
+    if free_memory() < 6 * numel:
         pytest.skip("needs 26 GB of free memory")
     p, v = (torch.zeros(numel + shift, dtype=BF16, device="cuda")[shift:] for _ in range(2))
     places = torch.tensor([0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, numel - 4, numel - 1], device="cuda")

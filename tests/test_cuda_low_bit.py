@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulation.places import Place, cpu, place_fixture, shifted  # noqa: F401
 from low_bit_cases import BITS, ERRORS, LowBit
-from op_cases import BF16, DTYPES, F32, F64, SEED, assert_as_good, identical, needs_cpu_kernels, same_bits
+from op_cases import BF16, DTYPES, F32, F64, SEED, assert_as_good, free_memory, identical, needs_cpu_kernels, same_bits
 from test_cuda_kernels import SHAPES
 from test_ops import LAYOUTS, specials
 from test_ops_low_bit import MIXES, op_inputs
@@ -145,7 +145,7 @@ def test_opcheck_and_devices(place: Place) -> None:
 @needs_cpu_kernels
 def test_more_elements_than_32_bits_count(place: Place) -> None:
     numel = 2**32 + 2**20 + 4
-    if place.device != "cuda" or torch.cuda.mem_get_info()[0] < 7 * numel:
+    if place.device != "cuda" or free_memory() < 7 * numel:
         pytest.skip("needs 31 GB of free memory")
     case = LowBit([(4096,)], BF16, bits=4)
     (expected,), _ = case.run("cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulation.places import Place, cpu, place_fixture, shifted  # noqa: F401
 from moments_cases import LISTS, VARIANTS, Moments, Variant
-from op_cases import BF16, DTYPES, F32, F64, SEED, assert_as_good, identical, needs_cpu_kernels, same_bits
+from op_cases import BF16, DTYPES, F32, F64, SEED, assert_as_good, free_memory, identical, needs_cpu_kernels, same_bits
 from test_cuda_kernels import SHAPES
 from test_ops import LAYOUTS, MIXES, specials
 from test_ops_moments import flat
@@ -94,7 +94,7 @@ def test_layouts(place: Place, dtype: torch.dtype, layout: str, everywhere: bool
 @needs_cpu_kernels
 def test_more_elements_than_32_bits_count(place: Place) -> None:
     numel = 2**32 + 2**20 + 3
-    if place.device != "cuda" or torch.cuda.mem_get_info()[0] < 8 * numel:
+    if place.device != "cuda" or free_memory() < 8 * numel:
         pytest.skip("needs 34 GB of free memory")
     case = Moments([(3000,)], BF16, BF16, VARIANTS[1])
     (expected,), _ = case.run("cpu")

@@ -56,7 +56,14 @@ class Reweighting:
 
 def reweighting(device: str, dtype: torch.dtype = torch.float32, dropout: float = 0.2, width: int = 64) -> Reweighting:
     torch.manual_seed(7)
-    layers = [nn.Linear(20, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, 3)]
+    # No bias before BatchNorm: its gradient would be rounding noise, which Adam makes as large as any other.
+    layers = [
+        nn.Linear(20, width, bias=False),
+        nn.BatchNorm1d(width),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(width, 3),
+    ]
     net = nn.Sequential(*layers)
     weigher = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1), nn.Sigmoid())
     x, labels = torch.randn(2, 64, 20), torch.randint(0, 3, (2, 64))

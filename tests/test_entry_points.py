@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +13,24 @@ from problems import after_steps, flat, meta_grad, relative_error, weight_net
 from torch import Tensor
 
 import sama_kernels as sk
+
+FORKS = """
+import torch
+def started(*_, **__):
+    raise AssertionError("this starts CUDA, after which the process must not fork")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = started
+import sama_kernels
+from problems import after_steps, meta_grad, weight_net
+problem = weight_net(seed=1)
+meta_grad(problem, after_steps(problem, 2))
+"""
+
+
+def test_cuda_is_not_started_for_a_model_on_the_cpu() -> None:
+    """Neither by importing the package nor by a meta step: loaders of data may fork afterwards."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", FORKS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_losses_and_result_fields() -> None:

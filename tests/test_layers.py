@@ -64,6 +64,7 @@ LAYERS = [
     ],
     ["sama_kernels.distributed.sharded"],
     ["sama_kernels.types", "sama_kernels.version", "sama_kernels.diagnosis", "sama_kernels.graphs", "sama_kernels.nn"],
+    ["sama_kernels.upload"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 

@@ -23,7 +23,7 @@ from sama_kernels.distributed import reduction
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-CYCLES = 50_000_000  # some 30 ms of a GPU
+CYCLES = 500_000_000  # a quarter of a second of a GPU
 
 
 def _order(rank: int, world: int) -> list[str]:
@@ -174,6 +174,7 @@ def _slow(rank: int, world: int, device: str) -> None:
     reduction.dist.all_reduce = slow  # type: ignore[assignment]
     reduced = reduction.OverlappedReduction(dict(enumerate(params)), params[0].device, None, 1e-9)
     if device == "cuda":
+        torch.ones(1, device=device, dtype=torch.float64).mul_(2)  # to load a kernel may take a wait
         torch.cuda.synchronize()
     for row, grad in reversed(list(enumerate(torch.autograd.grad(loss, params)))):
         reduced.view(row).copy_(grad)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from captured import ADAPTATIONS, Capture, ElementWisePart, Run, capture_by_mode, check_replays
 from moments_cases import Moments, Variant
-from op_cases import BF16, F16, F32, F64, SEED, Adam, clones, identical, randn, same_bits
+from op_cases import BF16, F16, F32, F64, SEED, Adam, clones, free_memory, identical, randn, same_bits
 from test_ops_contract import ERRORS
 from torch import Tensor
 
@@ -278,7 +278,7 @@ def test_the_whole_meta_gradient(case: int) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs tens of GB of a GPU")
 def test_more_elements_than_32_bits_can_count() -> None:
     numel = 2**32 + 2**20 + 11
-    if torch.cuda.mem_get_info()[0] < 8 * numel:
+    if free_memory() < 8 * numel:
         pytest.skip("needs 34 GB of free GPU memory")
     p, v = (torch.zeros(numel, dtype=BF16) for _ in range(2))
     tail = slice(numel - 3000, numel)

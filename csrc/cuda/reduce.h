@@ -6,7 +6,7 @@
 
 namespace sama {
 
-// The sum over the block's threads, in thread 0.
+// The sum over the block's threads.
 __device__ inline double block_sum(double own) {
   __shared__ double lanes[kThreads];
   __syncthreads(); // a sum before this one may still be read
@@ -15,7 +15,8 @@ __device__ inline double block_sum(double own) {
     __syncthreads();
     if (int(threadIdx.x) < width) lanes[threadIdx.x] += lanes[threadIdx.x + width];
   }
-  return lanes[0]; // thread 0 wrote it last
+  __syncthreads(); // only thread 0's is used, but all of them read it
+  return lanes[0];
 }
 
 // sum += x^2: the product of two float32 is exact in double, so fusing it changes nothing there.

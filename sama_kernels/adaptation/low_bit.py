@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def torchao(step: GroupStep) -> list[OpCall]:
         _refuse("weight_decay of torchao's Adam", "it needs theta before the step", "use AdamW8bit")
     if step.hyper["amsgrad"]:
         _refuse("amsgrad of torchao", "maxima that are quantised apart cannot be compared", "use amsgrad=False")
-    return _calls(step, _torchao_moments)
+    return _calls(step, partial(_torchao_moments, {}))
 
 
 def bitsandbytes(step: GroupStep) -> list[OpCall]:
@@ -111,20 +111,26 @@ def _counters(steps: list[Any]) -> list[Tensor]:
     return [t if isinstance(t, Tensor) else known[t] for t in steps]
 
 
-def _torchao_moments(state: dict[str, Any]) -> tuple[Moment, Moment]:
-    m, w = (_torchao_moment(state[key]) for key in ("exp_avg", "exp_avg_sq"))
+Tables = dict[tuple[torch.dtype, torch.device], Tensor]
+"""Of this meta step: the next one may run on another stream, or this one belong to a CUDA graph."""
+
+
+def _torchao_moments(tables: Tables, state: dict[str, Any]) -> tuple[Moment, Moment]:
+    m, w = (_torchao_moment(state[key], tables) for key in ("exp_avg", "exp_avg_sq"))
     return m, w
 
 
-def _torchao_moment(x: Any) -> Moment:
+def _torchao_moment(x: Any, tables: Tables) -> Moment:
     if type(x) is Tensor:
         return x
     if x.codes.is_floating_point():
-        return Stored(x.codes.view(torch.uint8), x.scale, _all_values(x.codes.dtype, x.codes.device), x.block_size)
+        key = x.codes.dtype, x.codes.device
+        if key not in tables:
+            tables[key] = _all_values(*key)
+        return Stored(x.codes.view(torch.uint8), x.scale, tables[key], x.block_size)
     return Stored(x.codes, x.scale, x.qmap, x.block_size)
 
 
-@lru_cache
 def _all_values(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers of an 8-bit float dtype in the order of their bits, as a lookup table."""
     return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).float()

@@ -11,6 +11,7 @@ from torch import Tensor
 from sama_kernels import ops
 from sama_kernels.adaptation.plan import GroupStep, OpCall
 from sama_kernels.types import as_tensor
+from sama_kernels.upload import upload
 
 Number = float | Tensor
 """A number that all tensors share, or float64 numbers of all tensors, 0-dim or (tensors,)."""
@@ -30,8 +31,8 @@ def gathered(
     place = torch.device("cpu")
     if any(x.device.type != "cpu" for x in scalars):
         place = step.params[0].device
-    vectors = [torch.stack([_at(x, place) for x in column]).double() for column in columns]
-    rate = _at(lr.detach().reshape(()), place).double() if isinstance(lr, Tensor) else float(lr)
+    vectors = [torch.stack([upload(x, place) for x in column]).double() for column in columns]
+    rate = upload(lr.detach().reshape(()), place).double() if isinstance(lr, Tensor) else float(lr)
     return rate, vectors, place
 
 
@@ -45,7 +46,7 @@ def rows(
         x.expand(count) if isinstance(x, Tensor) else torch.full((count,), x, dtype=torch.float64, device=place)
         for x in columns
     ]
-    return _uploaded(torch.stack(whole, dim=1), step.params[0].device)
+    return upload(torch.stack(whole, dim=1), step.params[0].device)
 
 
 def call(
@@ -75,21 +76,3 @@ def call(
 def tail(step: GroupStep) -> float:
     """eps in the numerator of D: "exact" keeps it, "paper" drops it."""
     return float(step.hyper["eps"]) if step.mode == ops.EXACT else 0.0
-
-
-def _at(x: Tensor, place: torch.device) -> Tensor:
-    return x if x.device == place else x.to(place, non_blocking=True)
-
-
-def _uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the copy: from pinned memory, which torch keeps until it is done."""
-    if values.device == device:
-        return values
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "sama_kernels: step counters on the CPU cannot be read while a CUDA graph is captured: keep them on the"
-                " GPU (capturable=True)"
-            )
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)

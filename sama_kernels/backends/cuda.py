@@ -8,8 +8,8 @@ import torch
 
 from sama_kernels.backends import extension
 
-# Without a GPU there is nothing to run them on.
-_LOADED = torch.cuda.is_available() and extension.load("_C_cuda")
+# Without asking for a GPU, which would start CUDA: after that a process must not fork. It loads with any torch.
+_LOADED = extension.load("_C_cuda")
 
 
 def missing() -> str | None:

@@ -25,7 +25,8 @@ from sama_kernels.backends.triton.chunks import (
 from sama_kernels.backends.triton.launch import launch, new_slots, total
 from sama_kernels.backends.triton.rounded import divide, sqrt
 from sama_kernels.backends.triton.storage import compute_type, narrow
-from sama_kernels.backends.triton.tables import Operands, upload
+from sama_kernels.backends.triton.tables import Operands
+from sama_kernels.upload import upload
 
 
 def adapt_norm_adam(
@@ -101,7 +102,7 @@ def steps_on_device(steps: Sequence[Tensor], device: torch.device) -> dict[str, 
     """The step counters as `others` of `Operands`, if not all of them may be read by the host."""
     if all(map(_on_host, steps)):
         return {}
-    return {"steps": [t.detach().to(device, non_blocking=True) for t in steps]}
+    return {"steps": [upload(t.detach(), device) for t in steps]}
 
 
 def host_part(scalar: Tensor | None, value: float, device: torch.device) -> tuple[float, Tensor | None]:

@@ -35,7 +35,8 @@ from sama_kernels.backends.triton.chunks import (
 )
 from sama_kernels.backends.triton.launch import OPTIONS, launch, new_slots, total
 from sama_kernels.backends.triton.storage import compute_type, narrow
-from sama_kernels.backends.triton.tables import Operands, upload
+from sama_kernels.backends.triton.tables import Operands
+from sama_kernels.upload import upload
 
 M_CODES, W_CODES, M_SCALES, W_SCALES, M_TABLE, W_TABLE, STEP = (tl.constexpr(2 + i) for i in range(7))
 """Operands after v and the gradient."""

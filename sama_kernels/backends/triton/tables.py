@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from sama_kernels.backends.arguments import share_dense_layout
+from sama_kernels.upload import is_capturing, upload
 
 _ALIGNMENT = 16
 _MANY = 2**24
@@ -89,7 +90,7 @@ class Operands:
         for (dtypes, aligned), group in rows.items():
             block, blocks = _configuration(dtypes, sum(row[0] for row in group))
             table, chunks = _tables(self.device, stream, tuple(group), block * blocks)
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if is_capturing(self.device):
                 _captured[id(table)] = (table, chunks)
             self.groups.append(Group(table, chunks, dtypes, aligned, block, blocks))
 
@@ -119,19 +120,6 @@ class Operands:
                     self._written.append((x, tensors[i]))
                 self._kept.append(tensors[i])
         return list(flat.values())
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """CPU values on `device`, without waiting for the copy: from pinned memory, which torch keeps until it is done."""
-    if device.type != "cuda":
-        return values
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "sama_kernels: the Triton backend cannot copy addresses or step counters to the GPU while a CUDA graph is"
-            " captured: keep the counters on the GPU (capturable=True) and call the ops with the same tensors once"
-            " before, on the stream of the capture, or use backend='cuda'"
-        )
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _check_device(op: str, lists: dict[str, Sequence[Tensor]], device: torch.device) -> None:
