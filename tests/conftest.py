@@ -35,7 +35,7 @@ def _has_gpu_tests(path: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files, skip what needs a GPU where there is none; SAMA_TEST_SHARD=2/4: every fourth, from the second."""
+    """Order the files; skip what needs a GPU where there is none; SAMA_TEST_SHARD=2/4: every fourth from the second."""
     items.sort(key=lambda item: item.path.name not in FIRST)
     hidden = {item.path.name for item in items if "gpu" in item.keywords and not _has_gpu_tests(item.path)}
     assert not hidden, f"{hidden}: `pytest -m gpu` would leave these files out"
