@@ -143,10 +143,10 @@ def _disagree(rank: int, world: int) -> list[str]:
         {"meta_params": (((2,), "torch.float32"),), "sync": "full" if rank else "final"},
     ):
         try:
-            agree(None, description)
+            agree(None, description, torch.device("cpu"))
         except ValueError as error:
             said.append(str(error))
-    agree(None, {"meta_params": (((2,), "torch.float32"),)})
+    agree(None, {"meta_params": (((2,), "torch.float32"),)}, torch.device("cpu"))
     dist.barrier()
     return said
 
