@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CPU kernels, and the CUDA kernels in emulation, under the compiler's address and undefined-behaviour sanitizers:
-# reads and writes outside of tensors, misaligned accesses, overflowing shifts. `make sanitize`; g++, three minutes.
+# reads and writes outside of tensors, misaligned accesses, overflowing shifts. `make sanitize`; g++, ten minutes.
 # On a GPU compute-sanitizer does this for the real thing (bench/gpu.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
