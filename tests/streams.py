@@ -18,6 +18,8 @@ from torch.cuda._sanitizer import EventHandler, zip_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sama_kernels.distributed import reduction
+
 
 class Race(AssertionError):
     """Nothing says which of two operators on the same memory comes first."""
@@ -135,8 +137,6 @@ class Collective:
 @contextmanager
 def watched(skipped: set[tuple[int, int]] | None = None) -> Iterator[Streams]:
     """Within the block `reduction` works as on a GPU: compute is stream 0, the collective's 1, its own 2 and higher."""
-    from sama_kernels.distributed import reduction
-
     streams = Streams(skipped)
     ordinary = reduction.OverlappedReduction.__init__
 
