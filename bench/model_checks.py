@@ -127,7 +127,8 @@ def fitted_link(records: list[Row]) -> Link:
         raise ReportError('records of kind "link" with at least two different sizes are needed to fit alpha and beta')
     size, seconds = (torch.tensor([float(row[key]) for row in records]).double() for key in ("bytes", "seconds"))
     columns = torch.stack([2 / seconds, size / seconds], dim=1)
-    alpha, per_byte = torch.linalg.lstsq(columns, torch.ones(len(records), 1).double()).solution.flatten().tolist()
+    ones = torch.ones(len(records), 1, dtype=torch.float64)
+    alpha, per_byte = torch.linalg.lstsq(columns, ones, driver="gelsd").solution.flatten().tolist()
     if alpha < 0 or per_byte <= 0:
         raise ReportError(
             f"the link times do not grow as alpha + bytes / bandwidth: {alpha:.3g} s, {per_byte:.3g} s/byte"

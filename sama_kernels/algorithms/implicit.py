@@ -105,7 +105,9 @@ def nystrom(options: Nystrom, g: BaseGradient, d: Vector) -> Vector:
         wide = c.double()
         inner += wide @ wide.T / r
         right += wide @ x.double()
-    solution = torch.linalg.lstsq(inner, right[:, None]).solution[:, 0]
+    # `inner` is singular where the loss has no curvature (a dead unit). Not lstsq: on a GPU it assumes full rank, on a
+    # CPU its default driver, gelsy, reads pivots that nobody wrote and finds other ranks by chance (pytorch #187411).
+    solution = torch.linalg.pinv(inner, hermitian=True) @ right
     for c, x in _pieces(columns, d):
         x.copy_(x.double() / r - solution @ c.double() / r**2)
     return d

@@ -79,7 +79,7 @@ class BiasedRegression:
         """
         a = self.beta * torch.linalg.solve(self.jacobian, self.x_meta.T).T
         b = self.y_meta - self.x_meta @ self.solution(torch.zeros_like(self.x[0]))
-        lam: Tensor = torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
+        lam: Tensor = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]  # gelsy: pytorch #187411
         return lam
 
     def conditions(self) -> dict[str, float]:
