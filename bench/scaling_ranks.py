@@ -146,7 +146,8 @@ def rank_main(rank: int, world: int, threads: int, plan: Plan, folder: str, told
     rows = measure(rank, world, plan, device, told.put if rank == 0 else lambda text: None)
     torch.save(rows, Path(folder) / f"{rank}.pt")
     dist.barrier()
-    # An ordinary end aborts now and then, 2 of 10 times on a busy machine, when gloo's threads outlive the interpreter.
+    # An ordinary end aborts now and then, 2 of 10 times on a busy machine: gloo's threads may free tensors while the
+    # interpreter goes down (pytorch #190489), and sharded modules keep their groups in torch's caches.
     os._exit(0)
 
 

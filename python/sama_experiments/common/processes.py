@@ -5,6 +5,7 @@ Every batch is divided over them, so that the run is the same experiment whateve
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # has to come before a group is there, which it would hold for ever: see leave
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -63,9 +65,19 @@ def joined() -> Iterator[Callable[[str], None]]:
     try:
         yield report
     except SystemExit:  # of argparse, on all
-        dist.destroy_process_group()
+        leave()
         raise
+    leave()
+
+
+def leave() -> None:
+    """End the group, and wait for the end of gloo's threads.
+
+    One that still has a tensor to free while the interpreter goes down would abort the process, although all work is
+    done (pytorch #190489). They end with the last reference to the group, and modules that are wrapped are in cycles.
+    """
     dist.destroy_process_group()
+    gc.collect()
 
 
 @contextmanager
