@@ -8,7 +8,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from emulation.places import Place, cpu, place_fixture  # noqa: F401
+from emulation.places import Place, cpu, place_fixture, use_emulation  # noqa: F401
 from op_cases import BF16, F32, F64, SEED, Adam, clones, free_memory, identical, needs_cpu_kernels, randn, same_bits
 from test_ops_contract import ERRORS, op_inputs
 from torch import Tensor
@@ -69,6 +69,19 @@ def test_tables_that_overflow(place: Place) -> None:
     assert all(map(same_bits, results, expected))
     for a, b in zip(sums, expected_sums, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
+def test_stores_fill_the_sectors_of_memory(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """What a warp stores with one instruction are whole sectors: half-filled ones would double the requests."""
+    use_emulation(monkeypatch)
+    numel = 3 * 16_384 + 5 * 256  # whole warps
+    place = Place("emulated", "cpu")
+    case = Adam([(numel,)], dtype, dtype)
+    params, minus = randn([(numel,)], dtype), randn([(numel,)], dtype)
+    stored, sectors = emulation.stored(lambda: a_step(place, case, params, minus, SEED))
+    # v by adapt_norm_adam and adapt_norm_scale, theta and v twice by perturb, theta by restore, central_difference
+    assert stored == 8 * numel * dtype.itemsize == 32 * sectors
 
 
 def test_same_bits_in_every_run(place: Place) -> None:

@@ -23,12 +23,12 @@ struct AdamKernel {
   static constexpr int kLists = 4 + amsgrad + decay; // v, g, m, w, and w_max and p if they are given
   static constexpr int kMaximum = 4, kParams = 4 + amsgrad;
 
-  // Elements [index, index + count): D d to v, and the sum of its squares.
+  // Of one pack: D d to v, and the sum of its squares.
   static __device__ double pack(
-      const AdamScalars<T>& k, const Operand (&operands)[kLists], int64_t index, int count, double sum) {
+      const AdamScalars<T>& k, const Operand (&operands)[kLists], int64_t index, int left, double sum) {
     Words<T> words[kLists];
     SAMA_UNROLL
-    for (int list = 0; list < kLists; ++list) load(operands[list], index, count, words[list]);
+    for (int list = 0; list < kLists; ++list) load(operands[list], index, left, words[list]);
     T values[kLists][kPack];
     SAMA_UNROLL
     for (int list = 0; list < kLists; ++list) widen(words[list], operands[list].dtype, values[list]);
@@ -39,10 +39,10 @@ struct AdamKernel {
       const T param = decay ? values[decay ? kParams : 0][i] : T(0);
       adapted[i] = adam_element<T, exact, amsgrad, decay>(
           k, values[0][i], values[1][i], values[2][i], values[3][i], maximum, param);
-      if (i < count) sum = add_square(sum, adapted[i]);
+      if (i < left) sum = add_square(sum, adapted[i]);
     }
     narrow(adapted, operands[0].dtype, words[0]);
-    store(operands[0], index, count, words[0]);
+    store(operands[0], index, left, words[0]);
     return sum;
   }
 };
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) adam_kernel(
   SAMA_UNROLL
   for (int list = 0; list < Kernel::kLists; ++list) operands[list] = operand(table, list, span.tensor);
   double sum = 0.0;
-  for_each_pack(span, [&](int64_t index, int count) { sum = Kernel::pack(k, operands, index, count, sum); });
+  for_each_pack(span, [&](int64_t index, int left) { sum = Kernel::pack(k, operands, index, left, sum); });
   sum = block_sum(sum);
   if (threadIdx.x == 0) slots[blockIdx.x] = sum;
 }

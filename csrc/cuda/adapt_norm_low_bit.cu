@@ -45,14 +45,14 @@ __device__ inline const LowBitShared<T>& block_shared(
   return shared;
 }
 
-// The codes of a pack of elements as they are stored: 8 bytes, or 4. What lies behind `count` is zero.
+// The codes of a pack of elements as they are stored: 8 bytes, or 4. What lies behind `left` is zero.
 template <bool packed>
-__device__ inline uint64_t load_codes(const char* codes, int64_t index, int count) {
+__device__ inline uint64_t load_codes(const char* codes, int64_t index, int left) {
   using Word = std::conditional_t<packed, uint32_t, uint64_t>;
   const char* address = codes + (packed ? index / 2 : index);
-  if (count == kPack && reinterpret_cast<uintptr_t>(address) % sizeof(Word) == 0)
+  if (left >= kPack && reinterpret_cast<uintptr_t>(address) % sizeof(Word) == 0)
     return *reinterpret_cast<const Word*>(address);
-  const int bytes = packed ? (count + 1) / 2 : count;
+  const int bytes = packed ? (left + 1) / 2 : left;
   Word word = 0;
   SAMA_UNROLL
   for (int i = 0; i < int(sizeof(Word)); ++i)
@@ -75,18 +75,18 @@ struct ScalePlace {
 template <class T, bool packed>
 __device__ inline void dequantise(
     uint64_t codes, const float* lookup, const float* scales, const ScalePlace& place, uint32_t block_size, int at,
-    int count, T (&values)[kPack]) {
+    int left, T (&values)[kPack]) {
   const uint32_t from = place.before + uint32_t(at);
   const uint32_t block = from / block_size;
   const float* own = scales + place.block + block;
-  if (from - block * block_size + uint32_t(count) <= block_size) { // always, if blocks are multiples of 8
+  if (from - block * block_size + kPack <= block_size) { // always, if blocks are multiples of 8
     const float scale = *own;
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) values[i] = T(lookup[code<packed>(codes, i)] * scale);
   } else {
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) {
-      const float scale = i < count ? own[(from + uint32_t(i)) / block_size - block] : 0.0f;
+      const float scale = i < left ? own[(from + uint32_t(i)) / block_size - block] : 0.0f;
       values[i] = T(lookup[code<packed>(codes, i)] * scale);
     }
   }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kerne
     const LowBitTable __grid_constant__ table, const LowBitArguments __grid_constant__ arguments, double* slots) {
   const Span span = span_of(table, int(blockIdx.x));
   const LowBitShared<T>& shared = block_shared<T, packed>(table, arguments, span.tensor);
-  const AdamScalars<T> k = shared.adam;
+  const AdamScalars<T>& k = shared.adam; // from shared memory: as a copy it makes ptxas spill on sm_80
   const bool first = shared.first;
   const Operand v = operand(table, kLowBitV, span.tensor), grad = operand(table, kLowBitGrad, span.tensor);
   const char* const m_codes = table.data[kLowBitM + kCodes][span.tensor];
@@ -112,26 +112,26 @@ __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kerne
   const int64_t block = span.start / arguments.block_size;
   const ScalePlace place{block, uint32_t(span.start - block * arguments.block_size)};
   double sum = 0.0;
-  for_each_pack(span, [&](int64_t index, int count) {
-    const int at = int(index - span.start);
+  for_each_pack(span, [&](int64_t index, int left) {
+    const int at = span.length - left;
     Words<T> words, grad_words;
-    load(v, index, count, words);
-    load(grad, index, count, grad_words);
-    const uint64_t of_m = load_codes<packed>(m_codes, index, count), of_w = load_codes<packed>(w_codes, index, count);
+    load(v, index, left, words);
+    load(grad, index, left, grad_words);
+    const uint64_t of_m = load_codes<packed>(m_codes, index, left), of_w = load_codes<packed>(w_codes, index, left);
     T d[kPack], g[kPack], m[kPack], w[kPack], adapted[kPack];
     widen(words, v.dtype, d);
     widen(grad_words, grad.dtype, g);
-    dequantise<T, packed>(of_m, shared.lookup[0], m_scales, place, uint32_t(arguments.block_size), at, count, m);
-    dequantise<T, packed>(of_w, shared.lookup[1], w_scales, place, uint32_t(arguments.block_size), at, count, w);
+    dequantise<T, packed>(of_m, shared.lookup[0], m_scales, place, uint32_t(arguments.block_size), at, left, m);
+    dequantise<T, packed>(of_w, shared.lookup[1], w_scales, place, uint32_t(arguments.block_size), at, left, w);
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) {
       const KnownMoments<T> known =
           first ? known_moments<T, true>(k, g[i], m[i], w[i]) : known_moments<T, false>(k, g[i], m[i], w[i]);
       adapted[i] = low_bit_adam_element<T, exact>(k, d[i], g[i], known);
-      if (i < count) sum = add_square(sum, adapted[i]);
+      if (i < left) sum = add_square(sum, adapted[i]);
     }
     narrow(adapted, v.dtype, words);
-    store(v, index, count, words);
+    store(v, index, left, words);
   });
   sum = block_sum(sum);
   if (threadIdx.x == 0) slots[blockIdx.x] = sum;

@@ -31,12 +31,12 @@ struct MomentsKernel {
     return shared;
   }
 
-  // Elements [index, index + count): D d to v, and the sum of its squares.
+  // Of one pack: D d to v, and the sum of its squares.
   static __device__ double pack(
-      const MomentsScalars<T>& k, const Operand (&operands)[kLists], int64_t index, int count, double sum) {
+      const MomentsScalars<T>& k, const Operand (&operands)[kLists], int64_t index, int left, double sum) {
     Words<T> words[kLists];
     SAMA_UNROLL
-    for (int list = 0; list < kLists; ++list) load(operands[list], index, count, words[list]);
+    for (int list = 0; list < kLists; ++list) load(operands[list], index, left, words[list]);
     T values[kLists][kPack];
     SAMA_UNROLL
     for (int list = 0; list < kLists; ++list) widen(words[list], operands[list].dtype, values[list]);
@@ -51,10 +51,10 @@ struct MomentsKernel {
       if constexpr (Variant::decay != Decay::None) x.p = values[Variant::kParam][i];
       if constexpr (Variant::decay == Decay::Buffer) x.buffer = values[Variant::kBuffer][i];
       adapted[i] = moments_element<T, Variant>(k, x);
-      if (i < count) sum = add_square(sum, adapted[i]);
+      if (i < left) sum = add_square(sum, adapted[i]);
     }
     narrow(adapted, operands[0].dtype, words[0]);
-    store(operands[0], index, count, words[0]);
+    store(operands[0], index, left, words[0]);
     return sum;
   }
 };
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, Variant>) moments_kernel(
   for (int list = 0; list < Kernel::kLists; ++list) operands[list] = operand(table, list, span.tensor);
   const MomentsScalars<T> k = Kernel::scalars(table, rows, operands, span.tensor);
   double sum = 0.0;
-  for_each_pack(span, [&](int64_t index, int count) { sum = Kernel::pack(k, operands, index, count, sum); });
+  for_each_pack(span, [&](int64_t index, int left) { sum = Kernel::pack(k, operands, index, left, sum); });
   sum = block_sum(sum);
   if (threadIdx.x == 0) slots[blockIdx.x] = sum;
 }

@@ -19,19 +19,19 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(
   const Span span = span_of(table, int(blockIdx.x));
   const Operand v = operand(table, 0, span.tensor);
   double sum = 0.0;
-  for_each_pack(span, [&](int64_t index, int count) {
+  for_each_pack(span, [&](int64_t index, int left) {
     Words<T> words;
-    load(v, index, count, words);
+    load(v, index, left, words);
     T values[kPack];
     widen(words, v.dtype, values);
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) {
       if (write) values[i] = values[i] * T(factor);
-      if (i < count) sum = add_square(sum, values[i]);
+      if (i < left) sum = add_square(sum, values[i]);
     }
     if (!write) return;
     narrow(values, v.dtype, words);
-    store(v, index, count, words);
+    store(v, index, left, words);
   });
   sum = block_sum(sum);
   if (threadIdx.x == 0) slots[blockIdx.x] = sum;

@@ -22,11 +22,11 @@ __global__ void __launch_bounds__(kThreads) difference_kernel(
   const Span span = span_of(table, int(blockIdx.x));
   const Operand plus = operand(table, 0, span.tensor), minus = operand(table, 1, span.tensor);
   const Operand extra = operand(table, explicit_given ? 2 : 0, span.tensor);
-  for_each_pack(span, [&](int64_t index, int count) {
+  for_each_pack(span, [&](int64_t index, int left) {
     Words<T> a_words, b_words, c_words;
-    load(plus, index, count, a_words);
-    load(minus, index, count, b_words);
-    if (use_extra) load(extra, index, count, c_words);
+    load(plus, index, left, a_words);
+    load(minus, index, left, b_words);
+    if (use_extra) load(extra, index, left, c_words);
     T a[kPack], b[kPack], c[kPack] = {};
     widen(a_words, plus.dtype, a);
     widen(b_words, minus.dtype, b);
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) difference_kernel(
       a[i] = use_extra ? with_extra : use_difference ? difference : zero;
     }
     narrow(a, plus.dtype, a_words);
-    store(plus, index, count, a_words);
+    store(plus, index, left, a_words);
   });
 }
 

@@ -71,24 +71,46 @@ __device__ inline void load_quads(const char* address, Words<T>& words) {
   }
 }
 
+template <class T>
+__device__ inline uint4 quad(const Words<T>& words, int i) {
+  return {words.word[4 * i], words.word[4 * i + 1], words.word[4 * i + 2], words.word[4 * i + 3]};
+}
+
 template <int quads, class T>
 __device__ inline void store_quads(char* address, const Words<T>& words) {
   SAMA_UNROLL
-  for (int i = 0; i < quads; ++i)
-    store16(address + 16 * i,
-            {words.word[4 * i], words.word[4 * i + 1], words.word[4 * i + 2], words.word[4 * i + 3]});
+  for (int i = 0; i < quads; ++i) store16(address + 16 * i, quad(words, i));
 }
 
-// Elements [index, index + count) of an operand. All operands are loaded before the first of them is widened: the
-// requests are under way together. What lies behind `count` is zero.
+// The same for a whole warp. Memory takes 32 bytes at a time, and those of one instruction together: two neighbouring
+// quads that a lane stores one after the other are two requests of half the size. (Loads find the second half in L1.) So
+// lanes 2 k and 2 k + 1 swap quads, and store one sector of the first, then one of the second.
+template <int quads, class T>
+__device__ inline void store_sectors(char* address, const Words<T>& words) {
+  const bool odd = threadIdx.x % 2 == 1;
+  char* const even = odd ? address - 16 * quads + 16 : address;
+  SAMA_UNROLL
+  for (int i = 0; i < quads; i += 2) {
+    const uint4 first = quad(words, i), second = quad(words, i + 1);
+    const uint4 other = swap_with_neighbour(odd ? first : second);
+    store16(even + 16 * i, odd ? other : first);
+    store16(even + 16 * (quads + i), odd ? second : other);
+  }
+}
+
+// In what follows an operand's elements [index, index + left) are the thread's to work on, and the first eight of them,
+// or as many as there are, its pack.
+
+// All operands are loaded before the first of them is widened: the requests are under way together. What lies behind
+// `left` is zero.
 template <class T>
-__device__ inline void load(const Operand& from, int64_t index, int count, Words<T>& words) {
+__device__ inline void load(const Operand& from, int64_t index, int left, Words<T>& words) {
   const char* address = from.data + index * size_of(from.dtype);
   if (sizeof(T) == 4 && from.dtype == Dtype::F64) {
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i)
-      set<F32>(words, i, i < count ? F32::narrow(float(reinterpret_cast<const double*>(address)[i])) : 0);
-  } else if (from.aligned && count == kPack) {
+      set<F32>(words, i, i < left ? F32::narrow(float(reinterpret_cast<const double*>(address)[i])) : 0);
+  } else if (from.aligned && left >= kPack) {
     load_quads<0, 1>(address, words);
     if (size_of(from.dtype) >= 4) load_quads<1, 2>(address, words);
     if constexpr (sizeof(T) == 8)
@@ -98,22 +120,26 @@ __device__ inline void load(const Operand& from, int64_t index, int count, Words
       using S = decltype(s);
       SAMA_UNROLL
       for (int i = 0; i < kPack; ++i)
-        set<S>(words, i, i < count ? reinterpret_cast<const typename S::Word*>(address)[i] : 0);
+        set<S>(words, i, i < left ? reinterpret_cast<const typename S::Word*>(address)[i] : 0);
     });
   }
 }
 
 template <class T>
-__device__ inline void store(const Operand& to, int64_t index, int count, const Words<T>& words) {
+__device__ inline void store(const Operand& to, int64_t index, int left, const Words<T>& words) {
   char* address = to.data + index * size_of(to.dtype);
+  const bool whole_warp = left >= (kWarp - int(threadIdx.x) % kWarp) * kPack; // the same for all its lanes
   with_storage<T>(same_width(to.dtype), [&](auto s) {
     using S = decltype(s);
-    if (to.aligned && count == kPack) {
-      store_quads<kPack * sizeof(typename S::Word) / 16>(address, words);
+    constexpr int kQuads = kPack * sizeof(typename S::Word) / 16;
+    if (kQuads > 1 && to.aligned && whole_warp) {
+      store_sectors<kQuads>(address, words);
+    } else if (to.aligned && left >= kPack) {
+      store_quads<kQuads>(address, words);
     } else {
       SAMA_UNROLL
       for (int i = 0; i < kPack; ++i)
-        if (i < count) reinterpret_cast<typename S::Word*>(address)[i] = get<S>(words, i);
+        if (i < left) reinterpret_cast<typename S::Word*>(address)[i] = get<S>(words, i);
     }
   });
 }
@@ -139,11 +165,11 @@ __device__ inline void narrow(const T (&values)[kPack], Dtype dtype, Words<T>& w
   });
 }
 
-// Calls f(index, count) for the packs of this thread; neighbouring threads take neighbouring packs.
+// Calls f(index, left) for the packs of this thread; neighbouring threads take neighbouring packs.
 template <class F>
 __device__ inline void for_each_pack(const Span& span, const F& f) {
   for (int at = int(threadIdx.x) * kPack; at < span.length; at += kThreads * kPack)
-    f(span.start + at, span.length - at < kPack ? span.length - at : kPack);
+    f(span.start + at, span.length - at);
 }
 
 // Whether arithmetic on a dtype is in T.

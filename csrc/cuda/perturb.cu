@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(kThreads) plus_kernel(
   const Span span = span_of(table, int(blockIdx.x));
   const Operand params = operand(table, 0, span.tensor), steps = operand(table, 1, span.tensor);
   double along = 0.0, squares = 0.0;
-  for_each_pack(span, [&](int64_t index, int count) {
+  for_each_pack(span, [&](int64_t index, int left) {
     Words<T> p, v;
-    load(params, index, count, p);
-    load(steps, index, count, v);
+    load(params, index, left, p);
+    load(steps, index, left, v);
     T centre[kPack], intended[kPack];
     if constexpr (measure) {
       widen(p, params.dtype, centre);
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) plus_kernel(
     if (still) {
       SAMA_UNROLL
       for (uint32_t& word : v.word) word = 0;
-      store(steps, index, count, v);
+      store(steps, index, left, v);
       return;
     }
     RandomWords random{};
@@ -69,14 +69,14 @@ __global__ void __launch_bounds__(kThreads) plus_kernel(
       using S = decltype(s);
       if constexpr (std::is_same_v<typename S::Compute, T>) plus_pack<S>(epsilon, arguments.stochastic, random, p, v);
     });
-    store(params, index, count, p);
-    store(steps, index, count, v);
+    store(params, index, left, p);
+    store(steps, index, left, v);
     if constexpr (measure) {
       T moved[kPack];
       widen(p, params.dtype, moved);
       SAMA_UNROLL
       for (int i = 0; i < kPack; ++i) {
-        if (i >= count) continue;
+        if (i >= left) continue;
         const double step = double(moved[i]) - double(centre[i]);
         along += step * double(epsilon * intended[i]);
         squares = add_square(squares, step);
@@ -114,16 +114,16 @@ __global__ void __launch_bounds__(kThreads) minus_kernel(
     const Table<2> __grid_constant__ table, double* unmeasured) {
   const Span span = span_of(table, int(blockIdx.x));
   const Operand params = operand(table, 0, span.tensor), bits = operand(table, 1, span.tensor);
-  for_each_pack(span, [&](int64_t index, int count) {
+  for_each_pack(span, [&](int64_t index, int left) {
     Words<T> p, v;
-    load(params, index, count, p);
-    load(bits, index, count, v);
+    load(params, index, left, p);
+    load(bits, index, left, v);
     with_storage<T>(params.dtype, [&](auto s) {
       using S = decltype(s);
       if constexpr (std::is_same_v<typename S::Compute, T>) minus_pack<S>(p, v);
     });
-    store(params, index, count, p);
-    store(bits, index, count, v);
+    store(params, index, left, p);
+    store(bits, index, left, v);
   });
   if (blockIdx.x == 0 && threadIdx.x == 0) unmeasured[0] = unmeasured[1] = NAN;
 }

@@ -11,13 +11,13 @@ __global__ void __launch_bounds__(kThreads) restore_kernel(const Table<2> __grid
   const Span span = span_of(table, int(blockIdx.x));
   Operand params = operand(table, 0, span.tensor), bits = operand(table, 1, span.tensor);
   params.dtype = bits.dtype = Dtype::BF16;
-  for_each_pack(span, [&](int64_t index, int count) {
+  for_each_pack(span, [&](int64_t index, int left) {
     Words<float> p, v;
-    load(params, index, count, p);
-    load(bits, index, count, v);
+    load(params, index, left, p);
+    load(bits, index, left, v);
     SAMA_UNROLL
     for (int i = 0; i < kPack / 2; ++i) p.word[i] ^= v.word[i];
-    store(params, index, count, p);
+    store(params, index, left, p);
   });
 }
 

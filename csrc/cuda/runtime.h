@@ -21,6 +21,7 @@
 namespace sama {
 
 constexpr int kThreads = 256; // of every kernel
+constexpr int kWarp = 32;
 
 // The stream that torch is using on a device, a cudaStream_t.
 void* current_stream(const char* op, int32_t device);
@@ -56,6 +57,16 @@ class Launcher {
 
 __device__ inline uint4 load16(const void* address) { return *static_cast<const uint4*>(address); }
 __device__ inline void store16(void* address, uint4 words) { *static_cast<uint4*>(address) = words; }
+
+#ifdef __CUDACC__ // host code includes this, too
+// What lane 2 k + 1 has for lane 2 k, and the other way round; the whole warp has to call it.
+__device__ inline uint4 swap_with_neighbour(uint4 own) {
+  constexpr unsigned kAll = 0xffffffff;
+  return {
+      __shfl_xor_sync(kAll, own.x, 1), __shfl_xor_sync(kAll, own.y, 1), __shfl_xor_sync(kAll, own.z, 1),
+      __shfl_xor_sync(kAll, own.w, 1)};
+}
+#endif
 
 } // namespace sama
 

@@ -47,6 +47,7 @@ def library() -> ctypes.CDLL:
         torch.ops.load_library(str(path))
         loaded = ctypes.CDLL(str(path))
     loaded.emulation_launches.restype = ctypes.c_int64
+    loaded.emulation_store_bytes.restype = loaded.emulation_store_sectors.restype = ctypes.c_int64
     loaded.emulation_end_capture.restype = ctypes.c_void_p
     loaded.definitions = definitions  # type: ignore[attr-defined]  # the ops live as long as this object
     return loaded
@@ -80,6 +81,16 @@ def backwards() -> Iterator[None]:
         yield
     finally:
         library().emulation_run_backwards(ctypes.c_bool(False))
+
+
+def stored(function: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes that the kernels of `function` store 16 at a time, and 32-byte sectors that a warp's instructions touch."""
+    library().emulation_count_stores(ctypes.c_bool(True))
+    try:
+        function()
+        return library().emulation_store_bytes(), library().emulation_store_sectors()
+    finally:
+        library().emulation_count_stores(ctypes.c_bool(False))
 
 
 def _compile(folder: Path) -> Path:
