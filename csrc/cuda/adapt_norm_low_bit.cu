@@ -65,28 +65,24 @@ __device__ inline int code(uint64_t codes, int i) {
   return packed ? int(codes >> (8 * (i / 2) + 4 * (1 - i % 2))) & 15 : int(codes >> (8 * i)) & 255;
 }
 
-// Which of a tensor's scales a block begins with, and how many elements before it have that scale, too.
+// Which of a tensor's scales an element has, and how many elements before it have that one, too.
 struct ScalePlace {
   int64_t block;
   uint32_t before;
 };
 
-// A pack of a moment; `at`: its first element, counted from the beginning of the block's chunk.
+// A pack of a moment; `scales`: that of its first element, which is `scale`, and those behind it.
 template <class T, bool packed>
 __device__ inline void dequantise(
-    uint64_t codes, const float* lookup, const float* scales, const ScalePlace& place, uint32_t block_size, int at,
+    uint64_t codes, const float* lookup, const float* scales, float scale, uint32_t before, uint32_t block_size,
     int left, T (&values)[kPack]) {
-  const uint32_t from = place.before + uint32_t(at);
-  const uint32_t block = from / block_size;
-  const float* own = scales + place.block + block;
-  if (from - block * block_size + kPack <= block_size) { // always, if blocks are multiples of 8
-    const float scale = *own;
+  if (before + kPack <= block_size) { // always, if blocks are multiples of 8
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) values[i] = T(lookup[code<packed>(codes, i)] * scale);
   } else {
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) {
-      const float scale = i < left ? own[(from + uint32_t(i)) / block_size - block] : 0.0f;
+      if (i < left) scale = scales[(before + uint32_t(i)) / block_size];
       values[i] = T(lookup[code<packed>(codes, i)] * scale);
     }
   }
@@ -102,27 +98,32 @@ __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kerne
     const LowBitTable __grid_constant__ table, const LowBitArguments __grid_constant__ arguments, double* slots) {
   const Span span = span_of(table, int(blockIdx.x));
   const LowBitShared<T>& shared = block_shared<T, packed>(table, arguments, span.tensor);
-  const AdamScalars<T>& k = shared.adam; // from shared memory: as a copy it makes ptxas spill on sm_80
+  const AdamScalars<T>& k = shared.adam; // left where it is: a copy makes ptxas spill on sm_100
   const bool first = shared.first;
   const Operand v = operand(table, kLowBitV, span.tensor), grad = operand(table, kLowBitGrad, span.tensor);
   const char* const m_codes = table.data[kLowBitM + kCodes][span.tensor];
   const char* const w_codes = table.data[kLowBitW + kCodes][span.tensor];
   const float* const m_scales = reinterpret_cast<const float*>(table.data[kLowBitM + kScales][span.tensor]);
   const float* const w_scales = reinterpret_cast<const float*>(table.data[kLowBitW + kScales][span.tensor]);
-  const int64_t block = span.start / arguments.block_size;
-  const ScalePlace place{block, uint32_t(span.start - block * arguments.block_size)};
+  const uint32_t block_size = uint32_t(arguments.block_size);
+  const int64_t block = span.start / block_size;
+  const ScalePlace chunk{block, uint32_t(span.start - block * block_size)};
   double sum = 0.0;
   for_each_pack(span, [&](int64_t index, int left) {
-    const int at = span.length - left;
+    const uint32_t from = chunk.before + uint32_t(span.length - left);
+    const ScalePlace pack{chunk.block + from / block_size, from % block_size};
     Words<T> words, grad_words;
     load(v, index, left, words);
     load(grad, index, left, grad_words);
     const uint64_t of_m = load_codes<packed>(m_codes, index, left), of_w = load_codes<packed>(w_codes, index, left);
+    const float m_scale = m_scales[pack.block], w_scale = w_scales[pack.block]; // under way with all the others
     T d[kPack], g[kPack], m[kPack], w[kPack], adapted[kPack];
     widen(words, v.dtype, d);
     widen(grad_words, grad.dtype, g);
-    dequantise<T, packed>(of_m, shared.lookup[0], m_scales, place, uint32_t(arguments.block_size), at, left, m);
-    dequantise<T, packed>(of_w, shared.lookup[1], w_scales, place, uint32_t(arguments.block_size), at, left, w);
+    dequantise<T, packed>(
+        of_m, shared.lookup[0], m_scales + pack.block, m_scale, pack.before, block_size, left, m);
+    dequantise<T, packed>(
+        of_w, shared.lookup[1], w_scales + pack.block, w_scale, pack.before, block_size, left, w);
     SAMA_UNROLL
     for (int i = 0; i < kPack; ++i) {
       const KnownMoments<T> known =
