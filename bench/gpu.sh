@@ -100,6 +100,7 @@ if [ "$device" = cuda ]; then
     # API errors that torch causes and handles are no fault of the kernels, whose launches are checked where they happen.
     sanitize memcheck --report-api-errors no &
     sanitize racecheck &
+    sanitize synccheck & # every lane there where lanes exchange words
     # torch's own detector of races between streams.
     step streams 200 env TORCH_CUDA_SANITIZER=1 "$PYTHON" -m pytest -q -m gpu tests/test_overlap.py -p no:cacheprovider &
     wait
@@ -115,6 +116,7 @@ else
     step sanitizer_driver 75 "$PYTHON" -m bench.sanitize
     skip memcheck "it needs a GPU"
     skip racecheck "it needs a GPU"
+    skip synccheck "it needs a GPU"
     skip streams "it needs a GPU"
     step kernels 190 "$PYTHON" -m bench.kernels --quick --out "$OUT" --lists flat tiny bert-base
     step algorithms 60 "$PYTHON" -m bench.algorithms --quick
