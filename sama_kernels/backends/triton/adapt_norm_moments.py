@@ -59,10 +59,9 @@ def adapt_norm_moments(
     for group in operands.groups:
         own = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
         ulp = max(torch.finfo(dtype).eps for dtype in (own, *(group.dtypes[i] for i in state)))
-        # Told nothing, ptxas presses some kernels with weight decay into 80 or 96 registers (where tensors are not
-        # aligned 168) and spills a few of them.
-        pressed = "params" in lists and own == torch.float32
-        registers = {"maxnreg": 128 if group.aligned else 224} if pressed else {}
+        # Told nothing, ptxas presses some kernels into 80 or 96 registers (where tensors are not aligned 168) and spills
+        # a few of them.
+        registers = {"maxnreg": 128 if group.aligned else 224} if own == torch.float32 else {}
         launch(
             moments_kernel, group, slots[0, first:], coefficients.detach(), float(weight_decay), ulp,
             FORM=form, FIRSTS="firsts" in lists, DECAY=("params" in lists) + ("buffers" in lists),
