@@ -59,8 +59,8 @@ def adapt_norm_moments(
     for group in operands.groups:
         own = torch.float64 if group.dtypes[0] == torch.float64 else torch.float32
         ulp = max(torch.finfo(dtype).eps for dtype in (own, *(group.dtypes[i] for i in state)))
-        # Told nothing, ptxas presses some kernels into 80 or 96 registers (where tensors are not aligned 168) and spills
-        # a few of them.
+        # Told nothing, ptxas presses some kernels into 80 or 96 registers (168 where tensors are not aligned) and
+        # spills a few of them.
         registers = {"maxnreg": 128 if group.aligned else 224} if own == torch.float32 else {}
         launch(
             moments_kernel, group, slots[0, first:], coefficients.detach(), float(weight_decay), ulp,
