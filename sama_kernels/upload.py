@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`: as they are if they lie there, else through pinned memory, which torch keeps until the copy
-    is done.
+    """`values` on `device`: as they are if they lie there; from the CPU to a GPU through pinned memory, which torch
+    keeps until the copy is done.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which would copy the same values again in every replay.
     """
     if values.device == device:
         return values
-    if device.type != "cuda":
+    if device.type != "cuda" or values.device.type == "cuda":  # from one GPU to another: in the order of their streams
         return values.to(device)
     if is_capturing(device):
         raise RuntimeError(

@@ -38,7 +38,7 @@ KERNELS = {
     "scale_kernel": (2, 64, 80),
     "moments_kernel": (26, 128, 248),
     "plus_kernel": (4, 80, 120),
-    "minus_kernel": (2, 64, 88),
+    "minus_kernel": (2, 64, 80),
     "restore_kernel": (1, 40, 0),
     "difference_kernel": (4, 96, 128),
     "slot_sum_kernel": (1, 0, 48),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from sama_kernels import backends, ops
+from sama_kernels.upload import upload
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +229,15 @@ def test_second_device(gpu: Place) -> None:
     assert torch.cuda.current_device() == 0 and all(map(same_bits, params, expected))
     with pytest.raises(RuntimeError, match=r"v\[0\] is not on the device of params\[0\]"):
         ops.restore(params, [x.to("cuda:0") for x in v], backend="cuda")
+
+
+@pytest.mark.gpu
+def test_numbers_on_another_device_are_copied_as_they_are(gpu: Place) -> None:
+    """Only what lies on the CPU can be pinned."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one device")
+    values = torch.randn(5, device="cuda:1")
+    assert torch.equal(upload(values, torch.device("cuda:0")).cpu(), values.cpu())
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ with watched():
     import sama_kernels
     from problems import after_steps, meta_grad, weight_net
 problem = weight_net(seed=1)
-optimizer = after_steps(problem, 2)  # Adam's own step asks in torch 2.11
+optimizer = after_steps(problem, 2)  # Adam's own step asks in torch 2.11 and 2.14
 with watched():
     meta_grad(problem, optimizer)
 """

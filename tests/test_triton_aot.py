@@ -21,10 +21,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from triton_cases import ARCHITECTURES, CASES, Case, Launch, jit_functions  # noqa: E402
 
 # Registers per thread. Up to 128, an SM with 65536 holds 512 threads: 4 programs of 128, whose loads in flight hide
-# each other's latency. Up to 168 it holds three, enough for float64: 60 KiB of five operands in flight.
-# The fallback for unaligned tensors keeps an address per element, and may take more.
+# each other's latency. The fallback for unaligned tensors keeps an address per element, and may take more.
 REGISTERS = {True: 128, False: 224}
-REGISTERS_OF_FLOAT64 = 168
 THREADS = 128
 
 
@@ -90,8 +88,7 @@ def test_registers_and_spills(case: Case, architecture: int, compiled: Any) -> N
         result = compiled(launch, architecture)
         print(f"sm_{architecture} {case.name}: {launch.kernel.__name__} {result.registers} registers")
         assert (result.stack, result.local) == (0, 0), f"{launch.kernel.__name__} spills"
-        wide = "float64" in case.name
-        assert result.registers <= max(REGISTERS[case.aligned], REGISTERS_OF_FLOAT64 if wide else 0)
+        assert result.registers <= REGISTERS[case.aligned]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

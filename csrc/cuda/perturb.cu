@@ -109,8 +109,12 @@ __device__ inline void minus_pack(Words<T>& p, Words<T>& v) {
   }
 }
 
+// Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which in float64 is two.
 template <class T>
-__global__ void __launch_bounds__(kThreads) minus_kernel(
+constexpr int kMinusBlocks = sizeof(T) == 8 ? 3 : 0;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kMinusBlocks<T>) minus_kernel(
     const Table<2> __grid_constant__ table, double* unmeasured) {
   const Span span = span_of(table, int(blockIdx.x));
   const Operand params = operand(table, 0, span.tensor), bits = operand(table, 1, span.tensor);

@@ -1,9 +1,9 @@
 // Enough of CUDA to run csrc/cuda on a CPU: in place of csrc/cuda/runtime.h, for tests where there is no GPU.
 //
 // One block runs after the other. The threads of a block are coroutines that hand over at barriers and where the lanes of
-// a warp exchange words, so shared memory, barriers and the division of work are the real ones. Nothing runs at the same time: what is shown is indexing and
-// arithmetic, not memory ordering, and not the launches themselves. Launches can be captured and replayed like a CUDA
-// graph, with the parameters that they had then.
+// a warp exchange words, so shared memory, barriers and the division of work are the real ones. Nothing runs at the same
+// time: what is shown is indexing and arithmetic, not memory ordering, and not the launches themselves. Launches can be
+// captured and replayed like a CUDA graph, with the parameters that they had then.
 #pragma once
 
 #include <cmath>
