@@ -11,9 +11,10 @@ import torch
 from problems import relative_error
 from stepping import SHAPES, adapted, stepped
 from test_adaptation_moments import BACKENDS, OPTIONS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop
 
+import sama_kernels as sk
 from sama_kernels import adaptation, ops
 
 
@@ -209,3 +210,29 @@ def test_coefficients_of_device_counters_are_made_on_the_device(monkeypatch: pyt
     for plan in plans:
         (call,) = plan()  # type: ignore[misc]
         assert call.coefficients.shape == (len(SHAPES), ops.COEFFICIENTS)
+
+
+def test_adamax_of_float64_with_a_float32_learning_rate() -> None:
+    """torch rounds lr / (1 - beta1^t) to float32, by which it can be told which cells made their maximum now."""
+    torch.manual_seed(0)
+    start, grads, h = torch.randn(6).double(), [torch.randn(6).double() for _ in range(5)], 1e-6
+
+    def after(last: Tensor) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        p = nn.Parameter(start.clone())
+        optimizer = torch.optim.Adamax(
+            [p], lr=torch.tensor(0.05, dtype=torch.float32), betas=(0.5, 0.77), weight_decay=0.1, foreach=False
+        )
+        for g in (*grads[:-1], last):
+            p.grad = g.clone()
+            optimizer.step()
+        return p, optimizer
+
+    moved = [after(grads[-1] - h * e)[0] - after(grads[-1] + h * e)[0] for e in torch.eye(6).double()]
+    expected = torch.stack([m[i] for i, m in enumerate(moved)]) / (2 * h)  # D is diagonal
+    p, optimizer = after(grads[-1])
+    mu = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    out = sk.meta_grad(
+        lambda: (p * mu).sum(), lambda: p.sum(), base_params=[p], meta_params=[mu], optimizer=optimizer,
+        adaptation="exact", difference="exact",
+    )  # fmt: skip
+    torch.testing.assert_close(-out.grads[0], expected.detach(), rtol=1e-6, atol=1e-8)

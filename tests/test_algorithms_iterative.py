@@ -81,6 +81,29 @@ def test_iterative_is_the_derivative_of_the_real_steps(case: int, steps: int) ->
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(now[row][key]))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"nesterov": True}, {"dampening": 0.4, "weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}],
+    ids=["nesterov", "dampening", "maximize"],
+)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_from_momentum_that_has_not_begun(options: dict[str, Any], steps: int) -> None:
+    """A new SGD for each task, as in MAML: torch makes the first buffer by `detach`, but the step depends on it."""
+    problem = weight_net(3, recorded=False)
+    optimizer = torch.optim.SGD(problem.theta, lr=0.1, momentum=0.9, **options)
+    lam, h = flat(problem.lam), 2e-5
+    torch.manual_seed(steps)
+    direction = torch.randn_like(lam)
+    values = [after_steps(problem, optimizer, steps, lam + k * h * direction) for k in (-2, -1, 1, 2)]
+    expected = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+    optimizer = torch.optim.SGD(problem.theta, lr=0.1, momentum=0.9, **options)
+    for checkpoint in (False, True):
+        out = meta_grad(problem, optimizer, algorithm=Iterative(steps=steps, checkpoint=checkpoint))
+        got = float(flat(out.grads) @ direction)
+        assert abs(got - expected) < 1e-6 * float(flat(out.grads).norm() * direction.norm()), (got, expected)
+    assert not out.degenerate and not optimizer.state
+
+
 def test_one_step_of_sgd_is_its_formula() -> None:
     """DARTS: d at theta' = theta - lr g, times -lr d^2 L_base / dlambda dtheta at theta."""
     problem = weight_net(0, recorded=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from sama_kernels import ops
 from sama_kernels.adaptation.moments import call, gathered, rows, tail
 from sama_kernels.adaptation.plan import GroupStep, OpCall
@@ -15,8 +17,9 @@ def adamax(step: GroupStep) -> list[OpCall]:
         return []
     lr, (t,), place = gathered(step, states, "step")
     beta1 = float(h["betas"][0])
-    coefficients = rows(
-        step, len(used), place, rate=lr / (1 - beta1**t), b=1.0, slope=1 - beta1, eps=float(h["eps"]), tail=tail(step)
-    )
+    rate = lr / (1 - beta1**t)
+    if isinstance(h["lr"], Tensor):  # torch divides in its dtype
+        rate = rate.to(h["lr"].dtype).double()
+    coefficients = rows(step, len(used), place, rate=rate, b=1.0, slope=1 - beta1, eps=float(h["eps"]), tail=tail(step))
     decay = float(h["weight_decay"])
     return [call(step, used, coefficients, "exp_inf", "exp_avg", form=ops.MAXIMUM, decay=decay)]

@@ -174,6 +174,7 @@ class Unroll:
                 x.grad = g
                 if s:
                     optimizer.state[x] = {key: _copied(key, v) for key, v in s.items()}
+            _start_momentum(optimizer)
             optimizer.step()
             for x in moved:
                 x.grad = None
@@ -199,6 +200,18 @@ class Unroll:
 
     def _state(self) -> State:
         return [_detached(self._optimizer.state.get(p, {})) for p in self._problem.base_params]
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD the momentum buffers of before its first step with which the update b <- momentum b + (1 - dampening) g
+    makes b = g, as that step does. torch makes the first b by `detach`, and the derivative is lost."""
+    if type(optimizer) is not torch.optim.SGD:
+        return
+    for group in optimizer.param_groups:
+        for x in group["params"] if group["momentum"] else ():
+            if x.grad is not None and optimizer.state[x].get("momentum_buffer") is None:
+                g = (-x.grad if group["maximize"] else x.grad) + group["weight_decay"] * x
+                optimizer.state[x]["momentum_buffer"] = group["dampening"] / group["momentum"] * g
 
 
 class Gate:
