@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels.adaptation import step_record
+from sama_kernels.integrations.optimizers import unwrapped
 
 _BY_PARAMETER = (step_record.SKIPPED, step_record.FIRST_STEP)
 _KEYS = ("version", "steps", "rounding_base", "groups")
@@ -27,7 +28,7 @@ def state_dict(optimizer: Optimizer) -> dict[str, Any]:
         per parameter group the hyperparameters of the last step, empty if none was seen.
     Reads learning rates that are tensors, which waits for the device.
     """
-    _check_optimizer(optimizer)
+    optimizer = _checked(optimizer)
     groups = []
     if step_record.is_recorded(optimizer):
         records = step_record.hyperparameters(optimizer)
@@ -49,7 +50,7 @@ def load_state_dict(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         TypeError, ValueError: `state` is not from `state_dict`, or from an optimizer with other parameter groups;
             nothing is changed then.
     """
-    _check_optimizer(optimizer)
+    optimizer = _checked(optimizer)
     if not isinstance(state, Mapping) or any(key not in state for key in _KEYS):
         raise ValueError(f"state: expected what sama_kernels.state_dict returns, a dict with {', '.join(_KEYS)}")
     if state["version"] != _VERSION:
@@ -65,12 +66,14 @@ def load_state_dict(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     step_record.restore(optimizer, int(state["steps"]), int(state["rounding_base"]), records)
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def _checked(optimizer: Any) -> Optimizer:
+    optimizer = unwrapped(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}; a wrapper must be opened"
             " (e.g. .optimizer)"
         )
+    return optimizer
 
 
 def _packed(record: Mapping[str, Any], params: list[Tensor]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -259,3 +260,31 @@ def whole_graph(name: str, loss: Tensor, grads: Sequence[Tensor | None]) -> None
                 " torch.autograd.grad; use checkpoint(..., use_reentrant=False), in transformers"
                 ' gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
+
+
+def no_renormalisation(modules: Iterable[nn.Module], base_params: Sequence[Tensor]) -> None:
+    """Raise if an embedding among theta rewrites its weight in forward (`max_norm`)."""
+    theta = {id(p) for p in base_params}
+    for module in modules:
+        renormalises = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        if renormalises and id(module.weight) in theta:
+            raise ValueError(
+                f"base_params: an nn.{type(module).__name__}(max_norm={module.max_norm}) renormalises its weight in"
+                " forward, also at theta+-, and theta could not be brought back; build it without max_norm and"
+                " renormalise the rows after optimizer.step(), under torch.no_grad()"
+            )
+
+
+@contextmanager
+def unwritten(name: str, base_params: Sequence[Tensor]) -> Iterator[None]:
+    """Raise after the closure `name` has run in this block if it wrote theta, which could not be brought back then."""
+    before = [p._version for p in base_params]
+    yield
+    written = [i for i, p in enumerate(base_params) if p._version != before[i]]
+    if written:
+        i = written[0]
+        raise RuntimeError(
+            f"{name}: it writes base parameters in place ({len(written)}; the first is tensor {i}, shape"
+            f" {tuple(base_params[i].shape)}), as nn.Embedding(max_norm=...) does in forward; a meta step cannot give"
+            " back what was written: do it after optimizer.step() instead, under torch.no_grad()"
+        )

@@ -22,6 +22,7 @@ from sama_kernels.algorithms.options import resolve
 from sama_kernels.detach_watch import DetachWatch
 from sama_kernels.diagnosis import Diagnosis, degenerate, judge
 from sama_kernels.guards import Interrupts
+from sama_kernels.integrations.optimizers import scaler_of, unwrapped
 from sama_kernels.jvp import uncompiled
 from sama_kernels.ladder import climb, error
 from sama_kernels.meta_gradient import called_like, meta_grad
@@ -52,6 +53,9 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
     for name in ("difference", "update_base"):
         arguments.pop(name, None)
     arguments["sync"] = "none"
+    optimizer = arguments.get("optimizer")
+    arguments["grad_scaler"] = scaler_of(optimizer, arguments.get("grad_scaler"))
+    arguments["optimizer"] = unwrapped(optimizer)
     algorithm = resolve(arguments.get("algorithm", "sama"))
     if not isinstance(algorithm, Sama | SamaNA):
         raise ValueError(

@@ -17,6 +17,7 @@ from sama_kernels.direction import adaptation_of
 from sama_kernels.distributed import CommHook, arguments, quiet, ranks_of, sharded
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
+from sama_kernels.integrations.optimizers import scaler_of, unwrapped
 from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
 from sama_kernels.reach import reachable
 from sama_kernels.types import Closure, MetaGradient, Problem, Relative
@@ -68,7 +69,8 @@ def meta_grad(
         meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad. No tensor
             may be in both: where lambda is part of the model, pass the other parameters as base_params.
         optimizer: the torch optimizer that made the base step, of exactly one of the types in `info()["optimizers"]`
-            (docs/optimizers.md) or one given to `register_adaptation`. May be None with adaptation="none".
+            (docs/optimizers.md) or one given to `register_adaptation`; or accelerate's, Lightning's or Fabric's wrapper
+            of one. May be None with adaptation="none".
         alpha: L2 length of the perturbation over all of theta, absolute as in the paper. What matters is its size
             relative to ||theta||: 1.0 is 0.24 % for BERT-base (about 400); small networks want 0.01 to 0.1.
             `relative(1e-3)` is 1e-3 ||theta||. `diagnose` says whether it fits; docs/alpha.md says how to choose it.
@@ -102,7 +104,7 @@ def meta_grad(
         clip_value: the bound given to `clip_grad_value_`: du/dg is 0 where it acted.
         grad_scaler: the GradScaler that makes the base steps. The closures return plain losses; all of them are
             multiplied by its scale and the results divided by it. From a step that it skipped, or if a gradient
-            overflows here, the result is zeros with `degenerate` True.
+            overflows here, the result is zeros with `degenerate` True. None: that of accelerate's wrapper, if any.
         master_params: the float32 copies that the optimizer steps in place of the bfloat16 or float16 base_params,
             one for each that requires grad, in their order; D comes from their state and `.grad`.
         weight: what this rank's losses count for in the averages, for instance the size of its batch; or two numbers,
@@ -122,6 +124,7 @@ def meta_grad(
     Afterwards, also after an error or Ctrl-C, parameters (unless update_base), `.grad`, buffers and the states of the
     random number generators are what they were, bit for bit. Extra memory: one buffer of theta's size.
     """
+    grad_scaler, optimizer = scaler_of(optimizer, grad_scaler), unwrapped(optimizer)
     chosen = resolve(algorithm)
     adaptation = "none" if isinstance(chosen, SamaNA) else adaptation
     synchronisation = arguments.synchronisation(sync, group, weight, bucket_mib, comm_hook)
@@ -142,6 +145,7 @@ def meta_grad(
     loss_scale = scaling.scale_of(grad_scaler, device)
     base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
     reach = reachable((*base_losses, meta_closure, base_params, meta_params))
+    checks.no_renormalisation(reach.modules, theta)
     fsdp = sharded.fsdp_modules(reach.modules)
     if reach.compiled:
         checks.no_graph_memory(device)
@@ -172,6 +176,7 @@ def meta_grad(
         owned=sharded.managed(fsdp),
     )
     arguments.same_direction(problem)
+    torch.clear_autocast_cache()  # within an autocast block it holds theta as it was before the base step
     return _sama(problem) if isinstance(chosen, Sama | SamaNA) else second_order(problem, chosen)
 
 
@@ -243,6 +248,8 @@ def _sama(problem: Problem) -> MetaGradient:
             # 4. dL_base/dlambda on both sides of theta, of the same function (or its derivative along v, if "exact"),
             # 5. and their difference quotient.
             out = differences.evaluate(problem, theta, size, meta, ranks, buffers, rng, interrupts)
+    if problem.update_base:
+        torch.clear_autocast_cache()
     realised, alignment = _realised(out.step, size.epsilon * size.norm)
     return MetaGradient(
         out.grads, *out.losses, out.size.norm, out.size.epsilon, out.size.degenerate, realised, alignment

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -40,7 +40,8 @@ def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> M
     """Pass 1; `.grad` is not touched."""
     n = len(problem.base_params)
     drawing = mask_draws.fast(problem.meta_loss, problem.base_params[0].device)
-    with torch.enable_grad(), drawing, interrupts.allowed():
+    written = checks.unwritten("meta_loss", problem.base_params)
+    with torch.enable_grad(), drawing, written, interrupts.allowed():
         loss = problem.meta_loss()
     with torch.enable_grad(), interrupts.allowed():
         checks.scalar_loss("meta_loss", loss, "base_params")
@@ -206,7 +207,7 @@ class PerturbedPasses:
         tapes = []
         for loss in self._losses:
             tape = holding.Tape(copy=True)
-            with torch.no_grad(), self._fast_draws(loss), holding.handling(tape.record), self._interrupts.allowed():
+            with torch.no_grad(), self._as_trained(loss), holding.handling(tape.record), self._interrupts.allowed():
                 loss()
             holding.remember(loss)
             tapes.append(tape)
@@ -274,7 +275,7 @@ class PerturbedPasses:
         handler = record or (self.untaped if tape is None else tape.replay)
         closure = self._losses[i]
         answers = holding.handling(handler)
-        with torch.enable_grad(), self._fast_draws(closure), answers, context, self._interrupts.allowed():
+        with torch.enable_grad(), self._as_trained(closure), answers, context, self._interrupts.allowed():
             loss = closure()
         if tape is not None:
             tape.check_used_up()
@@ -292,8 +293,17 @@ class PerturbedPasses:
                     self._loss(i, watch)
                 watch.report(closure)
 
-    def _fast_draws(self, loss: Closure) -> AbstractContextManager[object]:
-        return mask_draws.fast(loss, self._base_params[0].device)
+    @contextmanager
+    def _as_trained(self, loss: Closure) -> Iterator[None]:
+        """Dropout masks are drawn fast; without gradients torch's attention would take another path, whose outputs at
+        padded positions are zeros; and a loss that writes theta is an error."""
+        fast_attention = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with mask_draws.fast(loss, self._base_params[0].device), checks.unwritten("base_loss", self._base_params):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_attention)
 
     def _rewind_randomness(self) -> None:
         self._rng.restore()
