@@ -200,6 +200,10 @@ def is_known_to_ask(closure: Closure) -> bool:
 
 def code_of(closure: Closure) -> CodeType | None:
     """The code object of a closure: the same one for the closures that a training loop makes anew every step."""
-    while hasattr(closure, "__wrapped__"):
-        closure = closure.__wrapped__
+    while (inner := getattr(closure, "__wrapped__", None) or _partial_of(closure)) is not None:
+        closure = inner
     return getattr(closure, "__code__", None)
+
+
+def _partial_of(closure: Closure) -> Closure | None:
+    return closure.func if isinstance(closure, functools.partial) else None

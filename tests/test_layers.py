@@ -15,7 +15,9 @@ ROOT = Path(sama_kernels.__file__).parent
 # file stands above its members.
 LAYERS = [
     ["sama_kernels.__main__"],
+    ["sama_kernels.integrations.transformers"],
     ["sama_kernels"],
+    ["sama_kernels.integrations.trainer_checks"],
     ["sama_kernels.info", "sama_kernels.diagnose"],
     ["sama_kernels.meta_gradient"],
     ["sama_kernels.algorithms"],
@@ -64,6 +66,8 @@ LAYERS = [
     ],
     ["sama_kernels.distributed.sharded"],
     ["sama_kernels.types", "sama_kernels.version", "sama_kernels.diagnosis", "sama_kernels.graphs", "sama_kernels.nn"],
+    ["sama_kernels.integrations.optimizers", "sama_kernels.integrations.endless"],
+    ["sama_kernels.integrations"],
     ["sama_kernels.upload"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
