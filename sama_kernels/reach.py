@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class Reach:
 def reachable(roots: Iterable[object]) -> Reach:
     """Follow `roots` (closures, modules, lists of tensors), nearest things first."""
     found = Reach()
-    queue = deque(roots)
+    queue = deque(map(_itself, roots))
     classes = _Classes(_packages(queue))
     seen: dict[int, object] = {}
     while queue and len(seen) < _LIMIT:
@@ -58,9 +59,20 @@ def reachable(roots: Iterable[object]) -> Reach:
             found.modules.update(dict.fromkeys(inside))
             queue.extend(inside)
         found.compiled = found.compiled or _is_compiled(item)
-        queue.extend(x for x in _neighbours(item, classes) if type(x) not in _LEAF_TYPES and not isinstance(x, _LEAVES))
+        around = map(_itself, _neighbours(item, classes))
+        queue.extend(x for x in around if type(x) not in _LEAF_TYPES and not isinstance(x, _LEAVES))
     found.compiled = found.compiled or any(map(_is_compiled, found.modules))
     return found
+
+
+def _itself(item: Any) -> object:
+    """What a weak proxy stands for (Lightning's modules have one of their Trainer's), None if that is gone."""
+    if type(item) not in weakref.ProxyTypes:
+        return item
+    try:
+        return item.__init__.__self__
+    except ReferenceError:
+        return None
 
 
 class _Classes:

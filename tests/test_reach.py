@@ -6,6 +6,7 @@ import functools
 import importlib
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,3 +249,17 @@ def test_cycles_and_large_data_end_quickly() -> None:
     assert not reachable([lambda: data[0]]).modules
     assert time.perf_counter() - start < 1  # about 0.01 s; all of it would take much longer
     assert sys.getrefcount(ring) < 6
+
+
+class Holder:
+    model: nn.Module
+
+
+def test_weak_proxies() -> None:
+    """Lightning's modules have one of their trainer's; isinstance says that they are what they stand for."""
+    model, holder, gone = nn.Linear(3, 3), Holder(), nn.Linear(1, 1)
+    holder.model = nn.Linear(2, 2)
+    proxies = [weakref.proxy(model), weakref.proxy(holder), weakref.proxy(gone)]
+    del gone
+    assert set(reachable([lambda: proxies]).modules) == {model, holder.model}
+    assert set(reachable([proxies[0]]).modules) == {model}
