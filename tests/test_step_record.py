@@ -181,3 +181,33 @@ def test_bad_states() -> None:
         sk.load_state_dict(optimizer, {**state, "version": 7})
     with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got dict"):
         sk.state_dict({})  # type: ignore[arg-type]
+
+
+def test_an_optimizers_own_pre_hooks_come_before_the_record() -> None:
+    """torch runs them after the global ones: they may set lr, take a gradient away, or bring the gradients."""
+    params = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    made: list[Tensor] = []
+
+    def prepare(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        optimizer.param_groups[0]["lr"] = 0.001
+        made[:] = [torch.randn_like(p) for p in params]
+        params[0].grad, params[1].grad = made[0], None
+
+    optimizer.register_step_pre_hook(prepare)
+    for later in (False, True):  # a hook that is registered after the first step comes before the record, too
+        if later:
+            optimizer.register_step_pre_hook(lambda o, *_: o.param_groups[0].update(lr=0.002))
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        mu = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        out = sk.meta_grad(
+            lambda mu=mu: (params[0] * mu).sum() + params[1].sum(),  # type: ignore[misc]
+            lambda: (params[0] + params[1]).sum(), base_params=params, meta_params=[mu], optimizer=optimizer,
+            difference="exact",
+        )  # fmt: skip
+        rate = 0.002 if later else 0.001
+        assert float(out.norm) == pytest.approx(2 * rate)  # of four ones; the second parameter did not move
+        torch.testing.assert_close(out.grads[0], torch.full((4,), -rate).double())
+    assert copy.deepcopy(optimizer).state_dict()["param_groups"][0]["lr"] == 0.002

@@ -32,6 +32,8 @@ GRADS = "sama_grads"
 """Key of what stood in `.grad` after the step: the parameter's id -> (weak reference to the tensor, its version)."""
 ETAS = "sama_etas"
 """Key of the step sizes that ASGD keeps per parameter and replaces at the end of the step, by the parameter's id."""
+_LAST = "sama_record"
+"""Key among an optimizer's own hooks."""
 NOTES = (SKIPPED, FIRST_STEP, GRADS, ETAS)
 """The keys of a record that are no hyperparameters."""
 
@@ -101,7 +103,15 @@ def restore(optimizer: Optimizer, steps: int, base: int, groups: list[dict[str, 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _counts[optimizer] = _counts.get(optimizer, 0) + 1
     if type(optimizer) in _types or name(type(optimizer)) in _types:
-        _records[optimizer] = [_snapshot(optimizer, group) for group in optimizer.param_groups]
+        _record(optimizer, args, kwargs)
+        own: Any = optimizer._optimizer_step_pre_hooks
+        if own:  # they run after the global ones, and may change lr and .grad: the record is made again after the last
+            own[_LAST] = _record_again
+            own.move_to_end(_LAST)
+
+
+def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _records[optimizer] = [_snapshot(optimizer, group) for group in optimizer.param_groups]
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -139,6 +149,7 @@ def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
+_record_again = _disable_dynamo(_record)
 # Where the step itself is compiled, a trace of the hooks would be guarded by the records of all other optimizers.
 register_optimizer_step_pre_hook(_disable_dynamo(_before))
 register_optimizer_step_post_hook(_disable_dynamo(_after))
