@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,6 +97,22 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
             )
         if torch._debug_has_internal_overlap(local(p)) == 1:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
+
+
+def apart(base_params: Sequence[Tensor]) -> None:
+    """Raise if two base parameters share memory: it would move twice. (Tied weights are one tensor, and no matter.)"""
+    parts = [local(p) for p in base_params]
+    places = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
+        for i, p in enumerate(parts)
+        if p.numel() and p.is_contiguous()
+    )
+    for (_, end, i), (start, _, j) in pairwise(places):
+        if start < end:
+            raise ValueError(
+                f"base_params: tensors {i} and {j} (shape {tuple(base_params[j].shape)}) are two parameters in the same"
+                " memory; tie weights by assigning the parameter itself (a.weight = b.weight), not its .data"
+            )
 
 
 def disjoint(base_params: Sequence[Tensor], meta_params: Sequence[Tensor], given: Sequence[Any]) -> None:

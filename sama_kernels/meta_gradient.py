@@ -135,6 +135,7 @@ def meta_grad(
     theta = checks.tensors("base_params", base_params, skip_frozen=True)
     lam = checks.tensors("meta_params", meta_params, skip_frozen=False)
     checks.leaves("base_params", theta)
+    checks.apart(theta)
     checks.disjoint(theta, lam, (base_params, meta_params))
     device = checks.one_device(theta, lam)
     masters = checks.masters(master_params, theta, update_base)

@@ -262,3 +262,27 @@ def test_sgd_needs_no_grad() -> None:
     setting = Setting()
     setting.optimizer.zero_grad()
     assert setting.run(optimizer=torch.optim.SGD(setting.net.parameters(), lr=0.1)).norm > 0
+
+
+def test_two_parameters_in_the_same_memory() -> None:
+    """Parts of one flat buffer are no matter, nor is a tied weight; a second parameter on the same numbers is."""
+    flat, lam = torch.randn(12), nn.Parameter(torch.zeros(4))
+    parts = [nn.Parameter(flat[i : i + 4]) for i in (0, 4, 8)]
+
+    def loss() -> Tensor:
+        return sum(((lam * p).square().sum() for p in parts), torch.zeros(()))
+
+    def meta_grad() -> sk.MetaGradient:
+        return sk.meta_grad(
+            loss, lambda: sum((p.sum() for p in parts), torch.zeros(())), base_params=parts, meta_params=[lam],
+            optimizer=None, adaptation="none",
+        )  # fmt: skip
+
+    assert not meta_grad().degenerate
+    before = flat.clone()
+    parts[1].data = flat[2:6]
+    with pytest.raises(
+        ValueError, match=r"base_params: tensors 0 and 1 \(shape \(4,\)\) are two parameters in the same"
+    ):
+        meta_grad()
+    assert flat.equal(before)
