@@ -161,12 +161,14 @@ def _quotient(
     if not rows:
         return results
     base_share, meta_share = ranks.shares_of(rows[0])  # the same for all of them
+    # A rank that counts for nothing has a share of 0: its part is 0, also where it has no derivative (0 / 0).
+    shared = torch.where(quotient == 0, 0.0, quotient / base_share)
     for has_explicit in (False, True):
         chosen = [i for i, row in enumerate(rows) if (explicit[row] is not None) == has_explicit]
         if chosen:
             terms = scaling.explicit_terms(problem, [explicit[rows[i]] for i in chosen], meta_share)
             ops.central_difference(
-                [results[i] for i in chosen], [others[i] for i in chosen], terms, quotient / base_share, size.explicit,
+                [results[i] for i in chosen], [others[i] for i in chosen], terms, shared, size.explicit,
                 backend=problem.backend,
             )  # fmt: skip
     return results

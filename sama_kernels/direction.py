@@ -30,7 +30,11 @@ def adaptation_of(problem: Problem) -> Adapt:
         norm_sqs = []
         for groups, rows in divided.items():
             part = [x if row in rows else None for row, x in enumerate(v)]
-            norm_sqs.append(sharded.sum_over(torch.stack(adapt(part)).sum(), groups))
+            if any(x is not None for x in part):
+                norm_sq = torch.stack(adapt(part)).sum()
+            else:  # as where a bucket has plain parameters alone
+                norm_sq = torch.zeros((), dtype=torch.float64, device=problem.base_params[0].device)
+            norm_sqs.append(sharded.sum_over(norm_sq, groups))
             for row in rows:
                 v[row] = part[row]
         return norm_sqs

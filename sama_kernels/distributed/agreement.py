@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_agreed: set[tuple[Any, ...]] = set()
+# By the group itself: the id of a group that was destroyed comes back, on one rank and not on another.
+_agreed: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 def describe(tensors: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -31,8 +33,9 @@ def agree(group: Any, description: dict[str, Any], device: torch.device) -> None
     Raises:
         ValueError: names the argument that differs and what each rank has.
     """
-    key = (id(group), *((name, value) for name, value in description.items()))
-    if key in _agreed:
+    known = _agreed.setdefault(dist.group.WORLD if group is None else group, set())
+    key = tuple(description.items())
+    if key in known:
         return
     everyone: list[Any] = [None] * dist.get_world_size(group)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -46,7 +49,7 @@ def agree(group: Any, description: dict[str, Any], device: torch.device) -> None
                 f" {_short(values[rank], values[0])}; call the meta step with the same parameters, in the same order,"
                 " and the same options on every rank"
             )
-    _agreed.add(key)
+    known.add(key)
 
 
 def _short(value: Any, other: Any) -> str:
