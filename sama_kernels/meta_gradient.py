@@ -90,9 +90,9 @@ def meta_grad(
             mean of the perturbation exact (to 0.2 %, see `ops.perturb`) where its entries, about alpha / sqrt(N), are
             less than half a unit in the last place and would be lost (about 1e9 parameters at alpha 1). `realised` in
             the result shows the need.
-        seed: of the stochastic rounding, any integer. None: from `torch.initial_seed()` and the number of steps that
-            the optimizer has made, so that every meta step rounds anew (`state_dict` keeps both for a checkpoint).
-            torch's generators are not used.
+        seed: of the stochastic rounding, any integer, the same on all ranks. None: from `torch.initial_seed()` (not if
+            there are several processes: they must round alike) and the number of steps that the optimizer has made, so
+            that every meta step rounds anew (`state_dict` keeps both for a checkpoint). torch's generators are unused.
         difference: how dL_base/dlambda is differentiated along v. "central": between theta+ and theta-, error of order
             alpha^2 (the paper's). "forward": between theta and theta+, error of order alpha; the pass at theta also
             finds the values that `stop_gradient` holds. "exact": one pass at theta in forward mode, no alpha, theta is

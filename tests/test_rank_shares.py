@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from parallel import Divided
+from parallel import Divided, bits_of
 from ranks import run_ranks
 from torch.distributed.fsdp import fully_shard
 
@@ -54,6 +54,26 @@ def partly_sharded(rank: int, world: int) -> None:
 
 def test_some_parameters_are_sharded() -> None:
     run_ranks(2, partly_sharded)
+
+
+def stochastic(rank: int, world: int) -> None:
+    """Ranks with seeds of their own move bfloat16 parameters alike."""
+    torch.manual_seed(7 + rank)
+    problem = Divided(rank, world, dtype=torch.bfloat16)
+    torch.manual_seed(7 + rank)
+    optimizer = torch.optim.AdamW(problem.net.parameters(), lr=0.01)
+    problem.train(optimizer)
+    before = bits_of(list(problem.net.parameters()))
+    problem.meta_grad(optimizer, sync="full", update_base=True, rounding="stochastic", alpha=0.01)
+    for p in problem.net.parameters():
+        first = p.detach().float()
+        dist.broadcast(first, 0)
+        assert p.detach().float().equal(first), float((p.detach().float() - first).abs().max())
+    assert any(not p.detach().equal(old) for p, old in zip(problem.net.parameters(), before, strict=True))
+
+
+def test_all_ranks_round_alike() -> None:
+    run_ranks(2, stochastic)
 
 
 def another_group(rank: int, world: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
@@ -66,8 +67,10 @@ def steps_made(optimizer: Optimizer) -> int:
 
 
 def rounding_base(optimizer: Optimizer) -> int:
-    """The number that the seeds of its stochastic roundings start from: `torch.initial_seed()` when first asked."""
-    return _rounding_bases.setdefault(optimizer, torch.initial_seed())
+    """The number that the seeds of its stochastic roundings start from: `torch.initial_seed()` when first asked; 0 if
+    there are several processes, which seed themselves differently, but must move theta alike."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _rounding_bases.setdefault(optimizer, 0 if several else torch.initial_seed())
 
 
 def step_seen(optimizer: Optimizer) -> bool:
