@@ -271,8 +271,9 @@ def test_the_whole_meta_gradient(case: int) -> None:
     triton_grads, plain_grads = (problems.flat(out.grads) for out in outs)
     # theta+- may differ by a unit in the last place, which the quotient divides by 2 epsilon
     assert problems.relative_error(triton_grads, plain_grads) < 1e-3
-    # NAdam's D after few steps is a small difference of large terms, each rounded to float32: over 100 of these problems the
-    # CPU kernels, whose bits are Triton's, and plain PyTorch differ by up to 1.4e-5; with the other optimizers by 4.2e-7.
+    # NAdam's D after few steps is a small difference of large terms, each rounded to float32: over 100 of these
+    # problems the CPU kernels, whose bits are Triton's, and plain PyTorch differ by up to 1.4e-5; with the other
+    # optimizers by 4.2e-7.
     rtol = 5e-5 if isinstance(optimizer, torch.optim.NAdam) else 1e-6
     torch.testing.assert_close(outs[0].norm, outs[1].norm, rtol=rtol, atol=0)
     assert not outs[0].degenerate.item()
