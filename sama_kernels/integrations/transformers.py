@@ -28,7 +28,7 @@ _STATE = "meta.pt"
 class MetaTrainer(transformers.Trainer):
     """A Trainer that makes a meta step after every `meta_every`-th optimizer step.
 
-    Arguments beside those of transformers.Trainer (tested with 4.57, 5.0 and 5.23), all by name:
+    Arguments beside those of transformers.Trainer (run with transformers 5.23), all by name:
         base_loss: (model, inputs) -> 0-dim tensor: the training loss of a (micro)batch, which reads lambda; the mean
             over its samples, say. Write `sk.stop_gradient(x)` for `x.detach()`. Evaluation uses the model's own loss.
         meta_model: lambda, a module. It is moved to the Trainer's device, and made the same on all processes.
@@ -38,7 +38,7 @@ class MetaTrainer(transformers.Trainer):
         meta_every: optimizer steps from one meta step to the next (the paper: 10 in section 4.1).
         meta_batch_size: of meta_dataset, per process. None: per_device_train_batch_size.
         sama: arguments for `sk.meta_backward`, such as {"alpha": 0.1, "update_base": True}. `clip_coef` (from
-            max_grad_norm), `grad_scaler` and `weight` of the microbatches are set here.
+            max_grad_norm) and `grad_scaler` are set here.
     The logs have "meta_loss", its mean over the meta steps since the last log, and "meta_degenerate", the share of them
     that gave no gradient. Checkpoints hold meta.pt, with which `train(resume_from_checkpoint=...)` gives the same bits
     as a run that was not stopped; `save_model` saves the model alone.
