@@ -257,6 +257,10 @@ def test_nothing_of_a_meta_step_is_kept() -> None:
         assert max(counts) - min(counts) <= 2  # gloo's thread lets go of the last two that were sent a little later
 
 
+class Group:
+    """Of processes; weak references to it are kept, which a plain object does not allow."""
+
+
 def test_objects_are_sent_from_the_gpu_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL takes the current one, which is the same on all ranks where nobody has called torch.cuda.set_device."""
     current = [torch.device("cuda", 0)]
@@ -274,5 +278,5 @@ def test_objects_are_sent_from_the_gpu_of_the_parameters(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    agreement.agree(object(), {"sync": "full"}, torch.device("cuda", 1))
+    agreement.agree(Group(), {"sync": "full"}, torch.device("cuda", 1))
     assert current == [torch.device("cuda", 0)]
