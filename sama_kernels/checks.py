@@ -101,11 +101,8 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
 
 def apart(base_params: Sequence[Tensor]) -> None:
     """Raise if two base parameters share memory: it would move twice. (Tied weights are one tensor, and no matter.)"""
-    parts = [local(p) for p in base_params]
     places = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i)
-        for i, p in enumerate(parts)
-        if p.numel() and p.is_contiguous()
+        (start := p.data_ptr(), start + p.nbytes, i) for i, p in enumerate(map(local, base_params)) if p.is_contiguous()
     )
     for (_, end, i), (start, _, j) in pairwise(places):
         if start < end:

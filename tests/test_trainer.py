@@ -93,7 +93,7 @@ def test_it_is_the_loop_that_one_would_write(tmp_path: Path, accumulated: int) -
     )  # fmt: skip
     meta_optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     labels = {tuple(row["input_ids"].tolist()): row["labels"] for row in setting.train}
-    batches = [b for i, b in enumerate(ordinary_calls(setting, accumulated))]
+    batches = ordinary_calls(setting, accumulated)
     assert len(batches) == 6 * accumulated
 
     def loss_of(ids: Tensor) -> Tensor:

@@ -83,8 +83,7 @@ class MetaTrainer(transformers.Trainer):
         self._drawn = 0  # batches of meta_dataset; those that workers have ready beyond it do not count
         self._closures: list[Callable[[], Tensor]] = []  # of the step's microbatches
         self._norm: Tensor | None = None  # before clipping
-        self._losses: list[Tensor] = []
-        self._degenerate: list[Tensor] = []
+        self._since_log: tuple[int, Tensor | float, Tensor | float] = 0, 0.0, 0.0  # meta steps, loss, degenerate
         # base_loss is a mean over a microbatch: the Trainer is to divide it by the number of them.
         self.model_accepts_loss_kwargs = False
         self.accelerator.clip_grad_norm_ = self._noting_norm(self.accelerator.clip_grad_norm_)
@@ -131,16 +130,16 @@ class MetaTrainer(transformers.Trainer):
                 **arguments,
             )
         self.meta_optimizer.step()
-        self._losses.append(out.meta_loss)
-        self._degenerate.append(out.degenerate)
+        steps, loss, degenerate = self._since_log
+        self._since_log = steps + 1, loss + out.meta_loss.float(), degenerate + out.degenerate.float()
         return out
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds "meta_loss" and "meta_degenerate" to the logs of training."""
-        if "loss" in logs and self._losses:
-            logs["meta_loss"] = float(torch.stack(self._losses).float().mean())
-            logs["meta_degenerate"] = float(torch.stack(self._degenerate).float().mean())
-            self._losses, self._degenerate = [], []
+        steps, loss, degenerate = self._since_log
+        if "loss" in logs and steps:
+            logs["meta_loss"], logs["meta_degenerate"] = float(loss) / steps, float(degenerate) / steps
+            self._since_log = 0, 0.0, 0.0
         super().log(logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
