@@ -6,13 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, tee
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sama_kernels.distributed.sharded import local
+from sama_kernels.distributed.sharded import is_freed, local
 from sama_kernels.graphs import nodes
 from sama_kernels.types import Relative
 
@@ -50,6 +50,14 @@ def reusable(value: Any) -> Any:
     return list(value) if isinstance(value, Iterator) else value
 
 
+def twice(value: Any) -> tuple[Any, Any]:
+    """`value` for two readers, like `reusable`, but not read yet: FSDP's modules may still have to be resharded."""
+    if isinstance(value, Iterator):
+        first, second = tee(value)
+        return first, second
+    return value, value
+
+
 def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
     """The tensors of a module, or of an iterable of tensors and modules, that require grad, without repetition.
 
@@ -78,6 +86,11 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
     for i, t in enumerate(found):
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name}: tensor {i} is {t.dtype}; only float32, float64, bfloat16 and float16 can be used")
+        if is_freed(t):
+            raise ValueError(
+                f"{name}: tensor {i} (shape {tuple(t.shape)}) is what fully_shard had gathered, and has no memory now;"
+                " pass the module, or take its parameters when it is not gathered (after module.reshard())"
+            )
         if t.layout != torch.strided:
             raise TypeError(f"{name}: tensor {i} has layout {t.layout}; only dense (strided) tensors can be used")
         if not (t.requires_grad or skip_frozen):

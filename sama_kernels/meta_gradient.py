@@ -132,6 +132,10 @@ def meta_grad(
     checks.choice("hold", hold, checks.HOLDS)
     checks.choice("rounding", rounding, checks.ROUNDINGS)
     checks.choice("difference", difference, checks.DIFFERENCES)
+    base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
+    reach = reachable((*base_losses, meta_closure, base_params, meta_params))
+    fsdp = sharded.fsdp_modules(reach.modules)
+    sharded.reshard(fsdp)  # a forward pass without a backward pass may have left modules gathered
     theta = checks.tensors("base_params", base_params, skip_frozen=True)
     lam = checks.tensors("meta_params", meta_params, skip_frozen=False)
     checks.leaves("base_params", theta)
@@ -144,10 +148,7 @@ def meta_grad(
         checks.held_by(optimizer, stepped, name)
     arguments.parts(theta, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
     loss_scale = scaling.scale_of(grad_scaler, device)
-    base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
-    reach = reachable((*base_losses, meta_closure, base_params, meta_params))
     checks.no_renormalisation(reach.modules, theta)
-    fsdp = sharded.fsdp_modules(reach.modules)
     if reach.compiled:
         checks.no_graph_memory(device)
     given = (m for m in (base_params, meta_params) if isinstance(m, nn.Module))
@@ -205,9 +206,9 @@ def called_like(_: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P,
 @called_like(meta_grad)
 def meta_backward(*args: Any, **kwargs: Any) -> MetaGradient:
     """Like `meta_grad`, with the same arguments, and accumulates into the `.grad` of lambda, like `backward`."""
-    kwargs["meta_params"] = given = checks.reusable(kwargs.get("meta_params"))
-    lam = checks.tensors("meta_params", given, skip_frozen=False)
+    kwargs["meta_params"], again = checks.twice(kwargs.get("meta_params"))
     result = meta_grad(*args, **kwargs)
+    lam = checks.tensors("meta_params", again, skip_frozen=False)
     torch.autograd.backward(lam, result.grads)
     return result
 
@@ -219,9 +220,10 @@ def sama_loss(*args: Any, **kwargs: Any) -> Tensor:
     It can be added to other terms in lambda, and lambda may itself be computed from other tensors (a hypernetwork).
     The passes run here, not in `backward()`.
     """
-    kwargs["meta_params"] = given = checks.reusable(kwargs.get("meta_params"))
-    lam = checks.tensors("meta_params", given, skip_frozen=False)
-    loss: Tensor = SamaFunction.apply(lambda: meta_grad(*args, **kwargs), *lam)  # type: ignore[no-untyped-call]
+    kwargs["meta_params"], again = checks.twice(kwargs.get("meta_params"))
+    result = meta_grad(*args, **kwargs)
+    lam = checks.tensors("meta_params", again, skip_frozen=False)
+    loss: Tensor = SamaFunction.apply(lambda: result, *lam)  # type: ignore[no-untyped-call]
     return loss
 
 

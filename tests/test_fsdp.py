@@ -191,3 +191,111 @@ def _gathers(rank: int, world: int) -> list[list[int]]:
 def test_the_base_step_after_a_meta_step_gathers_what_others_do() -> None:
     for _, *steps in run_ranks(2, _gathers):
         assert steps[0] and steps == [steps[0]] * 4
+
+
+HOW_GATHERED = ("validation", "unshard", "no reshard after backward", "weights are logged")
+
+
+def _gathered_before(rank: int, world: int) -> dict[str, Tensor]:
+    """The meta gradient with and without something before it that leaves modules gathered, by what that is."""
+    found = {}
+    for how in ("nothing", *HOW_GATHERED):
+        problem = Divided(rank, world)
+        modules = [problem.net[0], problem.net[2], problem.net, problem.weigher]
+        for module in modules:
+            fully_shard(module)
+        optimizer = problem.optimizer(2)
+        held = [*problem.weigher.parameters()]
+        for _ in range(3):
+            optimizer.zero_grad()
+            problem.base_loss().backward()
+            optimizer.step()
+        problem.weigher.zero_grad()
+        theta: Any = problem.net
+        lam: Any = problem.weigher
+        if how == "validation":
+            theta = problem.net.parameters()
+            with torch.no_grad():
+                problem.net(problem.base[0])
+        elif how == "unshard":
+            problem.net.unshard()
+        elif how == "no reshard after backward":
+            for module in modules:
+                module.set_reshard_after_backward(False)
+            problem.net(problem.base[0]).sum().mul(0).backward()
+            problem.weigher(problem.base[1]).sum().mul(0).backward()
+        elif how == "weights are logged":
+            lam = problem.weigher.parameters()
+            with torch.no_grad():
+                problem.weigher(problem.base[1])
+        arguments = {"meta_params": lam, "optimizer": optimizer, "alpha": 0.1, "sync": "full"}
+        loss = problem.meta_loss
+        if how == "validation":
+            sk.sama_loss(problem.base_loss, loss, base_params=theta, **arguments).backward()
+        else:
+            sk.meta_backward(problem.base_loss, loss, base_params=theta, **arguments)
+        found[how] = flat([whole(p.grad) for p in held])
+    return found
+
+
+def test_modules_that_a_forward_pass_left_gathered() -> None:
+    for found in run_ranks(2, _gathered_before):
+        assert found["nothing"].norm() > 0
+        for how in HOW_GATHERED:
+            assert torch.equal(found[how], found["nothing"]), how
+
+
+def _gathered_parameters(rank: int, world: int) -> tuple[str, str]:
+    """Parameters that were listed while they were gathered are refused by name."""
+    problem = Divided(rank, world)
+    fully_shard(problem.net)
+    fully_shard(problem.weigher)
+    optimizer = problem.optimizer(2)
+    problem.base_loss().backward()
+    optimizer.step()
+    messages = []
+    for gathered, name in ((problem.net, "base_params"), (problem.weigher, "meta_params")):
+        gathered.unshard()
+        given: dict[str, Any] = {"base_params": problem.net, "meta_params": problem.weigher}
+        given[name] = list(gathered.parameters())
+        with pytest.raises(ValueError) as error:
+            sk.meta_grad(problem.base_loss, problem.meta_loss, optimizer=optimizer, **given)
+        messages.append(str(error.value))
+    return messages[0], messages[1]
+
+
+def test_parameters_that_were_listed_while_gathered() -> None:
+    for messages in run_ranks(2, _gathered_parameters):
+        for message, name in zip(messages, ("base_params", "meta_params"), strict=True):
+            assert message.startswith(f"{name}: tensor 0") and "module.reshard()" in message
+
+
+FACTOR = 0.5
+
+
+def _divided_by(rank: int, world: int, shard_lambda: bool) -> Tensor:
+    """The meta gradient after base steps whose gradients FSDP divides by FACTOR; world 0: one process, the same."""
+    problem = Divided(rank, max(world, 1))
+    scale = 1.0 if world else 2 / FACTOR  # of the base gradients, which are averages of two ranks otherwise
+    if world:
+        for module in (problem.net[0], problem.net, *([problem.weigher] if shard_lambda else [])):
+            fully_shard(module)
+        problem.net[0].set_gradient_divide_factor(FACTOR)
+        problem.net.set_gradient_divide_factor(FACTOR)
+    optimizer = problem.optimizer(2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (problem.base_loss() * scale).backward()
+        optimizer.step()
+    loss = problem.base_loss
+    problem.base_loss = lambda: loss() * scale
+    out = problem.meta_grad(optimizer, sync="full" if world else "none")
+    return flat([whole(g) for g in out.grads])
+
+
+@pytest.mark.parametrize("shard_lambda", [False, True])
+def test_a_gradient_divide_factor_is_part_of_the_base_step(shard_lambda: bool) -> None:
+    """The optimizer sees gradients that are larger by a factor, and so does the chain rule: d goes the same way."""
+    alone = _divided_by(0, 0, shard_lambda)
+    for found in run_ranks(2, _divided_by, shard_lambda):
+        assert relative_error(found, alone) < 1e-9

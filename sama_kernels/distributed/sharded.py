@@ -125,6 +125,11 @@ def reshard(modules: Iterable[Any]) -> None:
         module.reshard()
 
 
+def is_freed(x: Tensor) -> bool:
+    """Whether `x` is a whole parameter that FSDP had put together and has let go of since."""
+    return type(x) is nn.Parameter and x.numel() > 0 and x.layout == torch.strided and x.untyped_storage().size() == 0
+
+
 def forget_forward_passes(modules: Iterable[Any]) -> None:
     """FSDP notes the order of its modules for prefetching in the backward pass, which clears it. After perturbed
     passes, which have none, the next backward pass would go by their order (torch 2.13: it gathers one layer twice)."""
