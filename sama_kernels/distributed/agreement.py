@@ -33,7 +33,7 @@ def agree(group: Any, description: dict[str, Any], device: torch.device) -> None
     Raises:
         ValueError: names the argument that differs and what each rank has.
     """
-    known = _agreed.setdefault(dist.group.WORLD if group is None else group, set())
+    known = _agreed.setdefault(_itself(group), set())
     key = tuple(description.items())
     if key in known:
         return
@@ -50,6 +50,10 @@ def agree(group: Any, description: dict[str, Any], device: torch.device) -> None
                 " and the same options on every rank"
             )
     known.add(key)
+
+
+def _itself(group: Any) -> Any:
+    return dist.group.WORLD if group is None else group
 
 
 def _short(value: Any, other: Any) -> str:
@@ -92,7 +96,10 @@ class Status:
         """This rank's closure raised."""
         flags = self._blank()
         flags[self.FAILED, self._rank] = 1
-        self._sum(torch.cat([flags.flatten(), flags.new_zeros(3)]))
+        everything = torch.cat([flags.flatten(), flags.new_zeros(3)])
+        self._sum(everything)
+        if not may_wait(self._device):  # the others raise at the next step, which this rank must not make alone
+            ask_later(self._group, everything[:-3].view(3, self._world)[self.FAILED])
 
     def report(self, losses: Sequence[Tensor], degenerate: Tensor, finite: Tensor) -> Verdict:
         """Say how it went here, and learn how it went elsewhere.
@@ -100,8 +107,8 @@ class Status:
         Arguments:
             losses: three, 0-dim, already multiplied with this rank's shares.
         Raises:
-            RuntimeError: a rank failed, here or, on an accelerator, at one of the next meta steps: asking would make
-                the host wait. Until then `bad` says so.
+            RuntimeError: a rank failed. On an accelerator, where asking would make the host wait, `bad` says so, and the
+                next meta step raises (`learn_of_failure`).
         """
         flags = self._blank()
         flags[self.DEGENERATE, self._rank], flags[self.NOT_FINITE, self._rank] = degenerate, ~finite
@@ -111,7 +118,7 @@ class Status:
         if may_wait(self._device):
             raise_if_failed(flags[self.FAILED])
         else:
-            ask_later(flags[self.FAILED])
+            ask_later(self._group, flags[self.FAILED])
         failed, degenerate_ranks, not_finite = (flags > 0).unbind()
         return Verdict(list(sums.unbind()), degenerate_ranks.all(), failed.any() | not_finite.any())
 
@@ -128,29 +135,36 @@ def may_wait(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-_asked: list[tuple[Tensor, torch.cuda.Event]] = []
+_asked: WeakKeyDictionary[Any, tuple[Tensor, torch.cuda.Event]] = WeakKeyDictionary()  # by group
 
 
-def ask_later(failed: Tensor) -> None:
-    """Begin to copy the flags to the host; `learn_of_failures` looks at them once they are there."""
+def ask_later(group: Any, failed: Tensor) -> None:
+    """Begin to copy the flags to the host, for `learn_of_failure`."""
     copy = torch.empty(failed.shape, dtype=failed.dtype, device="cpu", pin_memory=True)
     copy.copy_(failed, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(failed.device))
-    _asked.append((copy, event))
+    _asked[_itself(group)] = copy, event
 
 
-def learn_of_failures() -> None:
-    """Raise if an earlier meta step failed on a rank and the word has arrived; does not wait for it."""
-    while _asked and _asked[0][1].query():  # type: ignore[no-untyped-call]
-        raise_if_failed(_asked.pop(0)[0])
+def learn_of_failure(group: Any) -> None:
+    """Raise, on every rank of the group, if its last meta step failed on one; before the first collective.
+
+    All have to raise at the same step, so the host waits for the end of the last meta step if the device has not come
+    that far; the device has the base steps since then to go on with.
+    """
+    asked = _asked.pop(_itself(group), None)
+    if asked is not None:
+        failed, event = asked
+        event.synchronize()
+        raise_if_failed(failed, "the meta step before this one")
 
 
-def raise_if_failed(failed: Tensor) -> None:
+def raise_if_failed(failed: Tensor, which: str = "the meta step") -> None:
     """`failed`: not 0 for the ranks that did, on the host."""
     ranks = [str(rank) for rank, flag in enumerate(failed.tolist()) if flag]
     if ranks:
         raise RuntimeError(
-            f"base_loss, meta_loss: the meta step failed on rank {', '.join(ranks)}, whose own error says why; on this"
-            " rank nothing was changed"
+            f"base_loss, meta_loss: {which} failed on rank {', '.join(ranks)}, whose own error says why; on this rank"
+            " nothing was changed"
         )

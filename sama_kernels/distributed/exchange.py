@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failures
+from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failure
 from sama_kernels.distributed.alone import Alone, Form, Share
 from sama_kernels.distributed.buckets import Bucket
 from sama_kernels.distributed.reduction import OverlappedReduction
@@ -37,7 +37,7 @@ class Exchange(Alone):
 
     def __init__(self, problem: Problem, how: Synchronisation) -> None:
         super().__init__(problem)
-        learn_of_failures()
+        learn_of_failure(how.group)
         base_params, meta_params, group = problem.base_params, problem.meta_params, how.group
         world, device = dist.get_world_size(group), base_params[0].device
         # FSDP averages gradients of lambda that every rank has divided by its own epsilon, which must be the same.
