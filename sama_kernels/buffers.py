@@ -4,42 +4,74 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import pyfunctorch
+
+from sama_kernels.distributed.sharded import local
 
 _compared: WeakSet[nn.Module] = WeakSet()  # found in a meta step that changed no other module's buffers
-Saved = list[tuple[str, Tensor, Tensor, int]]
+
+
+Slots = dict[str, Tensor | None]
+
+
+class _Saved(NamedTuple):
+    """What a tensor held. `cells`: each of its cells once; `version`: None if it does not count them."""
+
+    buffer: Tensor
+    cells: Tensor
+    contents: Tensor
+    version: int | None
 
 
 class BufferGuard:
     """Buffers of all modules that the closures run.
 
-    `with BufferGuard(modules) as buffers:` saves them, `buffers.restore()` puts them back so that the next pass sees
-    the same function, and leaving the block restores them, whatever happened.
+    `with BufferGuard(modules, base_params) as buffers:` saves them, `buffers.restore()` puts them back so that the next
+    pass sees the same function, and leaving the block restores them, whatever happened.
 
-    Which other modules run is learnt from a forward pre-hook on all modules, however the closures reach them.
-    torch.compile would trace that hook, break its graphs at it and warn about it; so where compiled code is in play
-    (`compiled`), `modules` are all those that `reach` found, and there is no hook. In the first meta step with new
-    modules, or new code (`first`), the other modules of the process are compared before and after: a buffer that
-    changed there is an error, not a silent difference.
+    `modules` are all that `reach` found. Those of models that base or meta parameters belong to are saved at once; the
+    rest need not be used, or by other threads. Which others the closures run is learnt from a forward pre-hook on all
+    modules, and which tensors are buffers for one call (`torch.func.functional_call`, also under vmap). torch.compile
+    would trace that hook, break its graphs at it and warn about it; so where compiled code is in play (`compiled`) all
+    `modules` are saved at once, and there is no hook. In the first meta step with new modules, or new code (`first`),
+    the other modules of the process are compared before and after then: a buffer that changed there is an error, not a
+    silent difference.
+
+    A buffer in the memory of a base parameter moves with it, and is left alone.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, compiled: bool = False, first: bool = False) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        base_params: Sequence[Tensor],
+        meta_params: Sequence[Tensor] = (),
+        *,
+        compiled: bool = False,
+        first: bool = False,
+    ) -> None:
         self._modules = tuple(modules)
+        self._params = {id(p) for p in (*base_params, *meta_params)}
+        self._theta = _Memory(base_params)
         self._compiled = compiled
         self._compare = compiled and (first or any(m not in _compared for m in self._modules))
-        self._saved: dict[nn.Module, Saved] = {}
+        self._before: dict[nn.Module, Slots] = {}  # references only
+        self._slots: dict[nn.Module, Slots] = {}
+        self._saved: dict[int, _Saved] = {}  # by the id of the tensor, which it keeps alive
         self._others: list[tuple[nn.Module, str, Tensor, int]] = []
         self._cleanup = ExitStack()
 
     def __enter__(self) -> BufferGuard:
-        for root in self._modules:
-            for module in root.modules():
-                self._save(module)
+        self._before = {m: _slots_of(m) for m in self._modules if m._buffers}
+        for module in self._modules if self._compiled else _models_of(self._params, self._modules):
+            self._save(module)
         if not self._compiled:
             handle = nn.modules.module.register_module_forward_pre_hook(self._before_forward(threading.get_ident()))
             self._cleanup.callback(handle.remove)
@@ -47,7 +79,7 @@ class BufferGuard:
             self._others = [
                 (module, name, buffer, buffer._version)
                 for module in _living_modules()
-                if module not in self._saved
+                if module not in self._slots
                 for name, buffer in module._buffers.items()
                 if buffer is not None and not buffer.is_inference()
             ]
@@ -62,29 +94,48 @@ class BufferGuard:
 
     def restore(self) -> None:
         """Put every buffer seen so far back: the same tensor objects with the same contents and version counters."""
-        with torch.no_grad():
-            for module, buffers in self._saved.items():
-                for name, buffer, contents, version in buffers:
-                    module._buffers[name] = buffer
-                    buffer.copy_(contents)
-                    torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
+        for module, slots in self._slots.items():
+            _fill(module, slots)
+        _write([(s.cells, s.contents) for s in self._saved.values()])
+        counted = [(s.buffer, s.version) for s in self._saved.values() if s.version is not None]
+        if counted:
+            tensors, versions = zip(*counted, strict=True)
+            torch._C._autograd._unsafe_set_version_counter(tensors, versions)
 
     def moved(self) -> Callable[[], None]:
         """What brings every buffer seen so far to what it is now, for after the block."""
-        now = [(m._buffers, name, m._buffers[name]) for m, saved in self._saved.items() for name, *_ in saved]
-        values = [(buffers, name, b, b.detach().clone()) for buffers, name, b in now if b is not None]
+        slots = {module: _slots_of(module) for module in self._slots}
+        buffers = {id(b): b for of_module in slots.values() for b in of_module.values() if b is not None}
+        values = [(cells := _cells(b), cells.detach().clone()) for b in buffers.values() if b not in self._theta]
 
         def bring() -> None:
-            for buffers, name, buffer, contents in values:
-                buffers[name] = buffer.copy_(contents)
+            for module, of_module in slots.items():
+                _fill(module, of_module)
+            _write(values)
 
         return bring
 
     def _save(self, module: nn.Module) -> None:
-        if module._buffers and module not in self._saved:
-            self._saved[module] = [
-                (name, b, b.detach().clone(), b._version) for name, b in module._buffers.items() if b is not None
-            ]
+        """The buffers of a module, unless that is done. Of one that `reach` has not found they are those at its first
+        call (which may not be a functional_call)."""
+        if not module._buffers:
+            return
+        if module not in self._slots:
+            self._slots[module] = slots = self._before.get(module) or _slots_of(module)
+            self._save_contents(slots.values())
+        self._save_contents(buffer for _, buffer in module._buffers.items())
+
+    def _save_contents(self, buffers: Iterable[Tensor | None]) -> None:
+        for buffer in buffers:
+            while buffer is not None and torch._C._functorch.is_functorch_wrapped_tensor(buffer):
+                buffer = torch._C._functorch.get_unwrapped(buffer)
+            if buffer is None or id(buffer) in self._saved or buffer in self._theta:
+                continue
+            inside = torch._C._functorch.peek_interpreter_stack() is not None  # of vmap or grad
+            with pyfunctorch.temporarily_clear_interpreter_stack() if inside else nullcontext():
+                cells = _cells(buffer)
+                version = None if buffer.is_inference() else buffer._version
+                self._saved[id(buffer)] = _Saved(buffer, cells, cells.detach().clone(), version)
 
     def _before_forward(self, thread: int) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, _: object) -> None:
@@ -101,6 +152,69 @@ class BufferGuard:
                 " torch.compile in play this module could not be found in advance; let the closures reach it through a"
                 " variable, an attribute or an argument (of functools.partial)"
             )
+
+
+class _Memory:
+    """Where tensors lie; `x in memory`: whether x shares some of it. Tensors without memory of their own never do."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._ends: list[int] | None = None  # most models have no buffers that could be meant
+
+    def __contains__(self, x: Tensor) -> bool:
+        if not x.is_floating_point() or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
+            return False
+        if self._ends is None:
+            spans = sorted(_span(local(p)) for p in self._tensors)
+            self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
+        start, end = _span(x)
+        at = bisect_left(self._ends, start + 1)  # the first that ends behind the start of x
+        return start < end and at < len(self._ends) and self._starts[at] < end
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of the first byte of a strided tensor and of the one behind its last."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + ((last + 1) * x.element_size() if x.numel() else 0)
+
+
+def _cells(x: Tensor) -> Tensor:
+    """`x`, or where it is expanded (several elements in one cell, which cannot be written to) a view without that."""
+    if x.layout != torch.strided or 0 not in x.stride() or x.numel() == 0:
+        return x
+    for dim, stride in enumerate(x.stride()):
+        x = x.narrow(dim, 0, 1) if stride == 0 else x
+    return x
+
+
+def _slots_of(module: nn.Module) -> Slots:
+    return dict(module._buffers.items())
+
+
+def _fill(module: nn.Module, slots: Slots) -> None:
+    now = module._buffers
+    if isinstance(module, torch.jit.ScriptModule):  # has no dict; its code may replace no tensor
+        return
+    if len(now) != len(slots) or any(now.get(name) is not buffer for name, buffer in slots.items()):
+        now.clear()
+        now.update(slots)
+
+
+def _write(values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """`cells.copy_(contents)` for all of them; on a GPU one launch for each dtype."""
+    alike: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}
+    for cells, contents in values:
+        alike.setdefault((cells.is_inference(), cells.dtype, cells.device), []).append((cells, contents))
+    for (inference, *_), pairs in alike.items():
+        with torch.inference_mode() if inference else torch.no_grad():
+            torch._foreach_copy_([cells for cells, _ in pairs], [contents for _, contents in pairs])
+
+
+def _models_of(params: set[int], modules: Sequence[nn.Module]) -> Iterable[nn.Module]:
+    """All modules of those models among `modules` (what is part of no other) that have one of `params` (ids)."""
+    parts = {id(child) for m in modules for child in m._modules.values()}
+    models = [m for m in modules if id(m) not in parts and any(id(p) in params for p in m.parameters())]
+    return dict.fromkeys(module for model in models for module in model.modules())
 
 
 def _is_changed(module: nn.Module, name: str, buffer: Tensor, version: int) -> bool:

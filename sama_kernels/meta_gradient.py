@@ -151,13 +151,11 @@ def meta_grad(
     checks.no_renormalisation(reach.modules, theta)
     if reach.compiled:
         checks.no_graph_memory(device)
-    given = (m for m in (base_params, meta_params) if isinstance(m, nn.Module))
     problem = Problem(
         base_losses=base_losses,
         meta_loss=meta_closure,
         base_params=theta,
         meta_params=lam,
-        modules=tuple(reach.modules if reach.compiled else given),
         compiled=reach.compiled,
         optimizer=optimizer,
         alpha=checks.length("alpha", alpha),

@@ -114,16 +114,12 @@ class Synchronisation:
 
 @dataclass(frozen=True)
 class Problem:
-    """The checked arguments of one meta step.
-
-    `modules`: those whose buffers are saved in advance, all that were found if `compiled` (see `buffers.BufferGuard`).
-    """
+    """The checked arguments of one meta step."""
 
     base_losses: tuple[Closure, ...]
     meta_loss: Closure
     base_params: tuple[Tensor, ...]
     meta_params: tuple[Tensor, ...]
-    modules: tuple[torch.nn.Module, ...]
     compiled: bool
     optimizer: torch.optim.Optimizer | None
     alpha: float | Relative

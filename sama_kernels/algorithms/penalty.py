@@ -64,7 +64,7 @@ class _Penalty:
             checks.scalar_loss(name, value, "base_params")
             found = torch.autograd.grad(value, (*at, *self._lam), allow_unused=True)
         else:
-            with BufferGuard(self._modules), substituted(self._places, at):
+            with BufferGuard(self._modules, self._theta, self._lam), substituted(self._places, at):
                 value = loss()
                 found = torch.autograd.grad(value, (*at, *self._lam), allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip((*at, *self._lam), found, strict=True)]

@@ -107,7 +107,7 @@ class Status:
         Arguments:
             losses: three, 0-dim, already multiplied with this rank's shares.
         Raises:
-            RuntimeError: a rank failed. On an accelerator, where asking would make the host wait, `bad` says so, and the
+            RuntimeError: a rank failed. On an accelerator, where asking would make the host wait, `bad` says so and the
                 next meta step raises (`learn_of_failure`).
         """
         flags = self._blank()
