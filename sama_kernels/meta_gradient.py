@@ -17,6 +17,7 @@ from sama_kernels.direction import adaptation_of
 from sama_kernels.distributed import CommHook, arguments, quiet, ranks_of, sharded
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
+from sama_kernels.hooks import unhooked
 from sama_kernels.integrations.optimizers import scaler_of, unwrapped
 from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
 from sama_kernels.reach import reachable
@@ -65,9 +66,10 @@ def meta_grad(
         meta_loss: L_meta, a function () -> scalar tensor that reads theta (and lambda, if it likes).
         base_params: theta, an nn.Module or an iterable of leaf tensors and modules; float32, float64, bfloat16 or
             float16, any shapes; DTensors too (`fully_shard`, tensor parallelism). Those that do not require grad are
-            left out.
+            left out. Their hooks (`register_hook`) act on d: right for what is linear, such as masks.
         meta_params: lambda, likewise, but need not be leaves; all tensors of an iterable must require grad. No tensor
-            may be in both: where lambda is part of the model, pass the other parameters as base_params.
+            may be in both: where lambda is part of the model, pass the other parameters as base_params. Their hooks act
+            once, on the result: in `meta_backward`, and in the backward pass of `sama_loss`, not here.
         optimizer: the torch optimizer that made the base step, of exactly one of the types in `info()["optimizers"]`
             (docs/optimizers.md) or one given to `register_adaptation`; or accelerate's, Lightning's or Fabric's wrapper
             of one. May be None with adaptation="none".
@@ -234,6 +236,7 @@ def _sama(problem: Problem) -> MetaGradient:
         buffer_guard(problem) as buffers,
         ranks_of(problem) as ranks,
         quiet(problem.reached),
+        unhooked(problem.meta_params),
     ):
         ranks.adapt = adaptation_of(problem)
         # 1. The direct gradient d.

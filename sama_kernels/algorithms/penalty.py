@@ -7,6 +7,7 @@ to the `.grad` of lambda, for an optimizer of the user's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from sama_kernels.algorithms.hessian import dot
 from sama_kernels.algorithms.substitution import places, substituted
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import RngState
+from sama_kernels.hooks import unhooked
 from sama_kernels.reach import reachable
 from sama_kernels.types import Closure
 
@@ -59,13 +61,13 @@ class _Penalty:
         """Of a loss in theta and lambda, at theta or at other values, of which buffers then know nothing."""
         self._rng.restore()  # the same dropout masks everywhere
         at = self._theta if theta is None else theta
-        if theta is None:
+        with ExitStack() as stack:
+            if theta is not None:
+                stack.enter_context(BufferGuard(self._modules, self._theta, self._lam))
+                stack.enter_context(substituted(self._places, at))
             value = loss()
             checks.scalar_loss(name, value, "base_params")
-            found = torch.autograd.grad(value, (*at, *self._lam), allow_unused=True)
-        else:
-            with BufferGuard(self._modules, self._theta, self._lam), substituted(self._places, at):
-                value = loss()
+            with unhooked(self._lam):
                 found = torch.autograd.grad(value, (*at, *self._lam), allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip((*at, *self._lam), found, strict=True)]
         return _Gradients(value.detach(), grads[: len(at)], grads[len(at) :])

@@ -19,6 +19,7 @@ from sama_kernels.direction import adaptation_of
 from sama_kernels.distributed import Adapt, Alone, quiet, ranks_of
 from sama_kernels.distributed.sharded import is_sharded
 from sama_kernels.guards import Interrupts, RngState
+from sama_kernels.hooks import unhooked
 from sama_kernels.ownership import own
 from sama_kernels.passes import buffer_guard, direct_gradient
 from sama_kernels.types import MetaGradient, Problem
@@ -37,6 +38,7 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
             buffer_guard(problem) as buffers,
             ranks_of(problem) as ranks,
             quiet(problem.reached),
+            unhooked(problem.meta_params),
         ):
             if isinstance(algorithm, Iterative):
                 unroll = Unroll(problem, algorithm, rng, buffers, interrupts)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sama_kernels.graphs import nodes
+from sama_kernels.hooks import ACCUMULATED, unhooked
 
 Groups = tuple[Any, ...]
 """The process groups over which the elements of a tensor are divided, one per mesh dimension; () if they are not."""
@@ -150,7 +151,8 @@ def gradients(loss: Tensor, inputs: Sequence[Tensor], owned: dict[int, Tensor]) 
     if not any(id(x) in owned for x in inputs):
         grads = list(torch.autograd.grad(loss, inputs, allow_unused=True))
         return [g if g is None else _placed(g, x) for g, x in zip(grads, inputs, strict=True)]
-    with _grads_aside([*owned.values(), *inputs, *_leaves(loss)]):
+    leaves = [x for x in {id(x): x for x in (*owned.values(), *inputs, *_leaves(loss))}.values() if x.is_leaf]
+    with _grads_aside(leaves), unhooked(leaves, ACCUMULATED):
         kept: dict[int, Tensor] = {}
         others = [(row, x) for row, x in enumerate(inputs) if not x.is_leaf]
         handles = [x.register_hook(_keep(kept, row)) for row, x in others]  # type: ignore[no-untyped-call]
@@ -181,8 +183,7 @@ def _placed(grad: Any, x: Any) -> Tensor:
 
 
 @contextmanager
-def _grads_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
-    leaves = list({id(x): x for x in tensors if x.is_leaf}.values())
+def _grads_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
     grads = [x.grad for x in leaves]
     try:
         for x in leaves:
