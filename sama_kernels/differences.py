@@ -15,7 +15,8 @@ from sama_kernels.distributed import Alone
 from sama_kernels.distributed.sharded import like, local
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.jvp import TangentPass, tangents
-from sama_kernels.passes import MetaPass, Perturbation, PerturbedPasses
+from sama_kernels.passes import MetaPass, PerturbedPasses
+from sama_kernels.perturbation import Perturbation
 from sama_kernels.scaling import StepSize
 from sama_kernels.types import Problem
 

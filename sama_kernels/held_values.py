@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakIdKeyDictionary
@@ -55,6 +56,17 @@ class Tape:
             )
         return value
 
+    def recall(self, x: Tensor) -> Tensor:
+        """The value for a call of `stop_gradient` that backward repeats (activation checkpointing), in any order."""
+        if len(self._values) != 1:
+            raise RuntimeError(
+                f"stop_gradient: base_loss calls it {len(self._values)} times, also in a checkpointed region, and when"
+                " backward computes that again there is no telling which of these calls it is; call it outside"
+                " torch.utils.checkpoint (base_loss may return what the region makes of its value)"
+            )
+        self.rewind()
+        return self.replay(x)
+
     def is_empty(self) -> bool:
         """Whether `stop_gradient` was never called."""
         return not self._values
@@ -94,6 +106,7 @@ class _Session(threading.local):
 
 
 _session = _Session()
+_in_backward: list[Callable[[Tensor], Tensor]] = []  # for all threads: on a GPU backward has one of its own
 _asks = WeakIdKeyDictionary()
 _held = WeakIdKeyDictionary()
 
@@ -114,6 +127,8 @@ def stop_gradient(x: Tensor) -> Tensor:
     Source: the base gradient g(theta, lambda) of Eq. 4 in the paper holds such values fixed; Eq. 5 has to do the same.
     """
     handler = _session.handler
+    if handler is None and _in_backward and torch._C._current_graph_task_id() != -1:  # this thread runs backward
+        handler = _in_backward[-1]
     return x.detach() if handler is None else handler(x)
 
 
@@ -175,6 +190,16 @@ def handling(handler: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         _session.handler = previous
+
+
+@contextmanager
+def recomputing(handler: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `handler` answer `stop_gradient` where a backward pass, on any thread, computes activations again."""
+    _in_backward.append(handler)
+    try:
+        yield
+    finally:
+        _in_backward.pop()
 
 
 def is_held(value: Tensor) -> bool:

@@ -72,6 +72,9 @@ class TangentPass(PerturbedPasses):
         """Plain detaches do no harm in forward mode."""
         return _NoTangentUnderNoGrad()
 
+    def recomputed(self, i: int) -> Callable[[Tensor], Tensor]:
+        return torch.detach  # the value at theta, without a tangent: no tape is needed
+
     def differentiate(self, loss: Tensor) -> list[Tensor | None]:
         """The tangents of dL_base/dlambda; None where lambda is not read."""
         derivatives: list[Tensor | None] = []

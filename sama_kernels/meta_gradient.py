@@ -19,7 +19,8 @@ from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
 from sama_kernels.hooks import unhooked
 from sama_kernels.integrations.optimizers import scaler_of, unwrapped
-from sama_kernels.passes import Perturbation, buffer_guard, direct_gradient
+from sama_kernels.passes import buffer_guard, direct_gradient
+from sama_kernels.perturbation import Perturbation
 from sama_kernels.reach import reachable
 from sama_kernels.types import Closure, MetaGradient, Problem, Relative
 

@@ -37,6 +37,7 @@ LAYERS = [
     ["sama_kernels.adaptation.plan", "sama_kernels.detach_watch"],
     ["sama_kernels.adaptation.step_record"],
     ["sama_kernels.mask_draws"],
+    ["sama_kernels.perturbation"],
     ["sama_kernels.held_values"],
     ["sama_kernels.ops"],
     ["sama_kernels.ops.adapt_norm_moments", "sama_kernels.ops.adapt_norm_low_bit"],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Place = tuple[dict[str, Any], str, int]
@@ -45,3 +46,20 @@ def substituted(where: Sequence[Place], theta: Sequence[Tensor]) -> Iterator[Non
     finally:
         for (parameters, name, _), p in zip(where, before, strict=True):
             parameters[name] = p
+
+
+class _NotNow(Tensor):
+    """Stands for base parameters that no one value can be given to."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(
+            "algorithm: Iterative goes back through all steps at once, but base_loss or meta_loss computes activations"
+            " again in backward (torch.utils.checkpoint), which would need the parameters of one step; use"
+            " Iterative(..., checkpoint=True), which goes back step by step, or turn activation checkpointing off"
+        )
+
+
+def nowhere(where: Sequence[Place], count: int) -> AbstractContextManager[None]:
+    """Within the block reading one of the `count` base parameters is an error."""
+    return substituted(where, [torch.empty(0).as_subclass(_NotNow)] * count)

@@ -16,7 +16,7 @@ from sama_kernels import held_values as holding
 from sama_kernels import mask_draws
 from sama_kernels.algorithms import adam_step
 from sama_kernels.algorithms.options import Iterative
-from sama_kernels.algorithms.substitution import places, substituted
+from sama_kernels.algorithms.substitution import nowhere, places, substituted
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import Interrupts, RngState
 from sama_kernels.types import Closure, Problem
@@ -70,7 +70,8 @@ class Unroll:
 
     def run(self) -> Unrolled:
         """All steps, the meta loss after them, and back."""
-        return self._checkpointed() if self._options.checkpoint else self._one_graph()
+        with holding.recomputing(self._gate.hold):  # where a checkpointed model computes activations again
+            return self._checkpointed() if self._options.checkpoint else self._one_graph()
 
     def advance(self) -> None:
         """All <- what the steps led to, in the tensors that hold it; after `run`, and after the guards' own end."""
@@ -98,7 +99,7 @@ class Unroll:
                 base_loss = loss if base_loss is None else base_loss
             self._note_end(theta, state)
             meta_loss = self._at(theta, [problem.meta_loss])
-            with self._interrupts.allowed():
+            with nowhere(self._places, len(theta)), self._interrupts.allowed():
                 grads = torch.autograd.grad(meta_loss, problem.meta_params, allow_unused=True)
         assert base_loss is not None
         return Unrolled(meta_loss.detach(), list(grads), base_loss)
@@ -116,8 +117,8 @@ class Unroll:
             theta, state = [x.detach() for x in theta], [_detached(s) for s in state]
             losses.append(loss)
         self._note_end(theta, state)
-        with torch.enable_grad(), self._interrupts.allowed():
-            theta = _leaves(theta)
+        theta = _leaves(theta)
+        with torch.enable_grad(), substituted(self._places, theta), self._interrupts.allowed():
             meta_loss = self._at(theta, [problem.meta_loss])
             found = torch.autograd.grad(meta_loss, [*theta, *lam], allow_unused=True)
         adjoint: list[Tensor | None] = list(found[: len(theta)])
@@ -135,9 +136,10 @@ class Unroll:
                     (y, a) for y, a in zip(outputs, [*adjoint, *state_adjoint], strict=True)
                     if a is not None and y.requires_grad
                 ]  # fmt: skip
-                found = torch.autograd.grad(
-                    [y for y, _ in pairs], [*theta, *carried, *lam], [a for _, a in pairs], allow_unused=True
-                )
+                with substituted(self._places, theta):
+                    found = torch.autograd.grad(
+                        [y for y, _ in pairs], [*theta, *carried, *lam], [a for _, a in pairs], allow_unused=True
+                    )
             adjoint, state_adjoint = list(found[: len(theta)]), list(found[len(theta) : len(theta) + len(carried)])
             own = found[len(theta) + len(carried) :]
             sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, own, strict=True)]
@@ -153,7 +155,7 @@ class Unroll:
         losses = self._problem.base_losses
         with holding.handling(self._gate.hold):
             loss = self._at(theta, losses[step : step + 1] if self._options.per_step else losses)
-        with self._interrupts.allowed(), self._gate.closed():
+        with substituted(self._places, theta), self._interrupts.allowed(), self._gate.closed():
             grads = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         if adam_step.fits(self._optimizer, state):
             moved, after = adam_step.step(self._optimizer, self._problem.base_params, theta, grads, state)
