@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise, tee
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sama_kernels.distributed.sharded import is_freed, local
-from sama_kernels.graphs import nodes
 from sama_kernels.types import Relative
 
 ADAPTATIONS = ("paper", "exact", "none")
@@ -249,69 +247,3 @@ def masters(value: Any, base_params: Sequence[Tensor], update_base: bool) -> tup
             " step, so that the update would be lost; pass update_base=False"
         )
     return found
-
-
-def scalar_loss(name: str, loss: Any, reads: str) -> None:
-    """Raise unless `loss` is a scalar float tensor with a graph to the parameters called `reads`."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name}: must return a scalar tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"{name}: must return a scalar, got shape {tuple(loss.shape)}; reduce it with .mean() or .sum()"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"{name}: its result has no gradient with respect to {reads}: it does not read them, or it was detached"
-            " or computed under no_grad"
-        )
-
-
-def dense(name: str, grads: Sequence[Tensor | None]) -> None:
-    """Raise if one of the gradients is sparse."""
-    sparse = [i for i, g in enumerate(grads) if g is not None and g.layout != torch.strided]
-    if sparse:
-        raise TypeError(f"{name}: tensor {sparse[0]} gets a sparse gradient; build the embedding with sparse=False")
-
-
-def whole_graph(name: str, loss: Tensor, grads: Sequence[Tensor | None]) -> None:
-    """Raise if a gradient may be None only because the graph of `loss` has a reentrant checkpoint in it.
-
-    What is read inside one has no edge in the graph; only a full `.backward()` reaches it.
-    """
-    if all(g is not None for g in grads):
-        return
-    for node in nodes([loss]):
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                f"{name}: it uses reentrant checkpointing, which hides the parameters inside it from"
-                " torch.autograd.grad; use checkpoint(..., use_reentrant=False), in transformers"
-                ' gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
-
-
-def no_renormalisation(modules: Iterable[nn.Module], base_params: Sequence[Tensor]) -> None:
-    """Raise if an embedding among theta rewrites its weight in forward (`max_norm`)."""
-    theta = {id(p) for p in base_params}
-    for module in modules:
-        renormalises = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-        if renormalises and id(module.weight) in theta:
-            raise ValueError(
-                f"base_params: an nn.{type(module).__name__}(max_norm={module.max_norm}) renormalises its weight in"
-                " forward, also at theta+-, and theta could not be brought back; build it without max_norm and"
-                " renormalise the rows after optimizer.step(), under torch.no_grad()"
-            )
-
-
-@contextmanager
-def unwritten(name: str, base_params: Sequence[Tensor]) -> Iterator[None]:
-    """Raise after the closure `name` has run in this block if it wrote theta, which could not be brought back then."""
-    before = [p._version for p in base_params]
-    yield
-    written = [i for i, p in enumerate(base_params) if p._version != before[i]]
-    if written:
-        i = written[0]
-        raise RuntimeError(
-            f"{name}: it writes base parameters in place ({len(written)}; the first is tensor {i}, shape"
-            f" {tuple(base_params[i].shape)}), as nn.Embedding(max_norm=...) does in forward; a meta step cannot give"
-            " back what was written: do it after optimizer.step() instead, under torch.no_grad()"
-        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
-from sama_kernels import backends, checks, clipping, differences, ops, scaling
+from sama_kernels import backends, checks, clipping, differences, loss_checks, ops, scaling
 from sama_kernels.algorithms import Algorithm, Sama, SamaNA, second_order
 from sama_kernels.algorithms.options import resolve
 from sama_kernels.direction import adaptation_of
@@ -149,9 +149,9 @@ def meta_grad(
     stepped, name = (theta, "base_params") if masters is None else (masters, "master_params")
     if optimizer is not None or adaptation != "none":
         checks.held_by(optimizer, stepped, name)
-    arguments.parts(theta, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
+    arguments.parts(theta, lam, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
     loss_scale = scaling.scale_of(grad_scaler, device)
-    checks.no_renormalisation(reach.modules, theta)
+    loss_checks.no_renormalisation(reach.modules, theta)
     if reach.compiled:
         checks.no_graph_memory(device)
     problem = Problem(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sama_kernels import checks, detach_watch, mask_draws
+from sama_kernels import detach_watch, loss_checks, mask_draws
 from sama_kernels import held_values as holding
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.distributed import Alone, sharded
@@ -38,21 +38,21 @@ def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> M
     """Pass 1; `.grad` is not touched."""
     n = len(problem.base_params)
     drawing = mask_draws.fast(problem.meta_loss, problem.base_params[0].device)
-    written = checks.unwritten("meta_loss", problem.base_params)
+    written = loss_checks.unwritten("meta_loss", problem.base_params)
     with torch.enable_grad(), drawing, written, interrupts.allowed():
         loss = problem.meta_loss()
     with torch.enable_grad(), interrupts.allowed():
-        checks.scalar_loss("meta_loss", loss, "base_params")
+        loss_checks.scalar_loss("meta_loss", loss, "base_params")
         inputs = (*problem.base_params, *problem.meta_params)
         with ranks.meta_backward():
             grads = sharded.gradients(problem.scaled(loss, ranks.meta_factor), inputs, problem.owned)
-        checks.whole_graph("meta_loss", loss, grads[:n])
+        loss_checks.whole_graph("meta_loss", loss, grads[:n])
         loss = loss.detach().reshape(())
     d: list[Tensor | None] = list(grads[:n])
     explicit: list[Tensor | None] = list(grads[n:])
     if all(g is None for g in d):
         raise ValueError("meta_loss: it does not read any base parameter; compute it with base_params")
-    checks.dense("base_params", d)
+    loss_checks.dense("base_params", d)
     return MetaPass(loss, d, explicit)
 
 
@@ -165,13 +165,13 @@ class PerturbedPasses:
         watch = self.watch(closure)
         with holding.recomputing(self.recomputed(i) if record is None else torch.detach), _no_fast_attention():
             loss = self._loss(i, watch or nullcontext(), record)
-            checks.scalar_loss("base_loss", loss, "meta_params")
+            loss_checks.scalar_loss("base_loss", loss, "meta_params")
             if watch is not None:
                 watch.report(closure)
             with self._interrupts.allowed(), backward:
                 grads = self.differentiate(self._scaled(loss, self._ranks.base_factor))
-                checks.whole_graph("base_loss", loss, grads)
-        checks.dense("meta_params", grads)
+                loss_checks.whole_graph("base_loss", loss, grads)
+        loss_checks.dense("meta_params", grads)
         return loss.detach().reshape(()), grads
 
     def watch(self, closure: Closure) -> detach_watch.Watch | None:
@@ -198,8 +198,8 @@ class PerturbedPasses:
                 tape.rng.restore()
         handler = record or (self.untaped if tape is None else tape.replay)
         closure = self._losses[i]
-        answers = holding.handling(handler)
-        with torch.enable_grad(), self._as_trained(closure), answers, context, self._interrupts.allowed():
+        answers, explained = holding.handling(handler), loss_checks.inner_gradients()
+        with torch.enable_grad(), self._as_trained(closure), answers, context, self._interrupts.allowed(), explained:
             loss = closure()
         if tape is not None:
             tape.check_used_up()
@@ -221,7 +221,7 @@ class PerturbedPasses:
     def _as_trained(self, loss: Closure) -> Iterator[None]:
         """Dropout masks are drawn fast, attention is that of training, and a loss that writes theta is an error."""
         masks = mask_draws.fast(loss, self._base_params[0].device)
-        with masks, _no_fast_attention(), checks.unwritten("base_loss", self._base_params):
+        with masks, _no_fast_attention(), loss_checks.unwritten("base_loss", self._base_params):
             yield
 
     def _rewind_randomness(self) -> None:

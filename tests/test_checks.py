@@ -119,6 +119,21 @@ CASES: dict[str, tuple[Callable[[Setting], dict[str, Any]], type[Exception], str
         ValueError,
         r"meta_loss: .*base_params.*detached",
     ),
+    "complex base loss": (
+        lambda s: {"base_loss": lambda: s.base() * torch.tensor(1j)},
+        TypeError,
+        r"base_loss: must return a real .*torch\.complex64.*\.real",
+    ),
+    "complex meta loss": (
+        lambda s: {"meta_loss": lambda: torch.complex(s.meta(), s.meta())},
+        TypeError,
+        r"meta_loss: must return a real .*torch\.complex64.*\.real",
+    ),
+    "gradient in the base loss": (
+        lambda s: {"base_loss": lambda: s.base() + torch.autograd.grad(s.meta(), s.net.weight)[0].sum()},
+        ValueError,
+        r"base_loss: it seems to differentiate .*torch\.func\.grad",
+    ),
     "number as loss": (
         lambda s: {"base_loss": lambda: 1.0},
         TypeError,

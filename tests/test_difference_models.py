@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from problems import Bilevel, direct_gradient, flat, meta_grad, mixed_derivative, relative_error
 from test_real_models import CONFIG, classifier
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 import sama_kernels as sk
 
@@ -77,3 +78,35 @@ def test_fused_attention_is_named_and_the_math_kernel_works() -> None:
         run(net)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         torch.testing.assert_close(run(net), run(problem.net), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("difference", "bound"), [("central", 1e-7), ("forward", 1e-2), ("exact", 1e-12)])
+def test_a_gradient_penalty_by_torch_func(difference: str, bound: float) -> None:
+    """A base loss with the gradient of another one inside, which reads theta as an argument; theta itself is frozen."""
+    torch.manual_seed(11)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x, y, x_meta = (torch.randn(8, k, dtype=torch.float64) for k in (4, 1, 4))
+    lam = torch.randn(8, dtype=torch.float64, requires_grad=True)
+
+    def losses(params: dict[str, Tensor]) -> Tensor:
+        return (functional_call(net, params, (x,)) - y).square().squeeze(1)
+
+    def base_loss() -> Tensor:
+        params = dict(net.named_parameters())
+        inner = torch.func.grad(lambda p: losses(p).mean())(params)
+        penalty = torch.stack([g.square().sum() for g in inner.values()]).sum()
+        return (lam.sigmoid() * losses(params)).mean() + lam.exp().mean() * penalty
+
+    def meta_loss() -> Tensor:
+        return (net(x_meta) - y).square().mean()
+
+    theta = list(net.parameters())
+    g = torch.autograd.grad(base_loss(), theta, create_graph=True)
+    d = torch.autograd.grad(meta_loss(), theta)
+    along = torch.stack([(a * b).sum() for a, b in zip(g, d, strict=True)]).sum()
+    (expected,) = torch.autograd.grad(-along, lam)
+    out = sk.meta_grad(
+        base_loss, meta_loss, base_params=net, meta_params=[lam], optimizer=None, adaptation="none", alpha=1e-4,
+        difference=difference,
+    )  # fmt: skip
+    assert relative_error(out.grads[0], expected) < bound

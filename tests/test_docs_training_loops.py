@@ -24,7 +24,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def test_every_block_runs() -> None:
     torch.manual_seed(0)
-    assert len(BLOCKS) == TEXT.count("```") // 2 == 8
+    assert len(BLOCKS) == TEXT.count("```") // 2 == 9
     names: dict[str, Any] = {"__name__": "training_loops"}
     seen = []
     for i, block in enumerate(BLOCKS):
@@ -32,6 +32,6 @@ def test_every_block_runs() -> None:
         out = names["out"]
         assert not out.degenerate and all(g.norm() > 0 for g in out.grads), f"block {i}"
         seen.append(out)
-    assert len({id(out) for out in seen}) == 7  # the block of the compiled loss makes no meta step
+    assert len({id(out) for out in seen}) == 8  # the block of the compiled loss makes no meta step
     loss = names["base_loss"]
     assert loss() > 0 and names["temperature"].grad is not None

@@ -12,7 +12,7 @@ from problems import flat, relative_error
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -22,6 +22,7 @@ ROUNDS = 4
 SHARDED: dict[str, dict[str, Any]] = {
     "plain": {},
     "gathered after forward": {"reshard_after_forward": False},
+    "offloaded": {"offload": True},
     "root only": {"root_only": True},
     "lambda too": {"shard_lambda": True},
     "lambda alone": {"shard_theta": False, "shard_lambda": True},
@@ -53,6 +54,7 @@ def training(
     tensor_parallel: tuple[int, ...] = (),
     reshard_after_forward: bool = True,
     root_only: bool = False,
+    offload: bool = False,
     shard_theta: bool = True,
     shard_lambda: bool = False,
     unequal: bool = False,
@@ -74,7 +76,9 @@ def training(
             if len(tensor_parallel) == 2:
                 fully_shard(problem.net, mesh=device_mesh["data"])
         elif shard_theta:
-            kwargs = {"reshard_after_forward": reshard_after_forward}
+            kwargs: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
+            if offload:  # of a mesh of CPUs: nothing is elsewhere
+                kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
             if mesh:
                 kwargs["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replica", "shard"))
             for layer in () if root_only else (problem.net[0], problem.net[2]):
@@ -142,6 +146,7 @@ def expected(name: str) -> dict[str, Tensor]:
         "tensor_parallel",
         "reshard_after_forward",
         "root_only",
+        "offload",
         "shard_theta",
         "shard_lambda",
         "unequal",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -242,6 +243,12 @@ def _refused(rank: int, world: int) -> dict[str, str]:
         "masters": {"master_params": list(problem.net.parameters())},
     }.items():
         said[name] = _message(lambda options=options: problem.meta_grad(optimizer, **options))
+    mesh_type = type(next(problem.net.parameters()).device_mesh)
+    for name in ("base_params", "meta_params"):  # parameters on the CPU of a mesh of GPUs
+        other = Divided(rank, world)
+        fully_shard(other.net if name == "base_params" else other.weigher)
+        with patch.object(mesh_type, "device_type", "cuda"):
+            said[f"offloaded {name}"] = _message(lambda other=other: other.meta_grad(None, adaptation="none"))
     sk.register_adaptation(Mixing, lambda grad, param, state, hyper: hyper["lr"] * (grad - grad.mean()))
     mixing = Mixing(problem.net.parameters(), lr=0.1)
     problem.base_loss().backward()
@@ -279,6 +286,9 @@ def test_what_cannot_be_done_is_said() -> None:
         assert said["exact"].startswith('NotImplementedError: difference: "exact" needs forward-mode')
         assert said["rank one"].startswith("NotImplementedError: clip_rank_one: it is not available for sharded")
         assert said["masters"].startswith("NotImplementedError: master_params: not for sharded base_params")
+        for name in ("base_params", "meta_params"):
+            text = f"NotImplementedError: {name}: fully_shard with CPUOffloadPolicy"
+            assert said[f"offloaded {name}"].startswith(text)
         assert said["mixing"].startswith("TypeError: optimizer: the adaptation of test_fsdp_precision.Mixing may mix")
         assert "ZeroRedundancyOptimizer" in said["zero"] and "fully_shard" in said["zero"]
         assert said["FSDP1"].startswith(

@@ -59,6 +59,7 @@ LAYERS = [
     ["sama_kernels.distributed.buckets"],
     [
         "sama_kernels.checks",
+        "sama_kernels.loss_checks",
         "sama_kernels.buffers",
         "sama_kernels.guards",
         "sama_kernels.ownership",

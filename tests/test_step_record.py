@@ -211,3 +211,51 @@ def test_an_optimizers_own_pre_hooks_come_before_the_record() -> None:
         assert float(out.norm) == pytest.approx(2 * rate)  # of four ones; the second parameter did not move
         torch.testing.assert_close(out.grads[0], torch.full((4,), -rate).double())
     assert copy.deepcopy(optimizer).state_dict()["param_groups"][0]["lr"] == 0.002
+
+
+KINDS = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_that_was_added_after_the_step_has_sat_it_out(kind: Any) -> None:
+    params, optimizer = after_steps(kind)
+    before = adapted_through_meta_grad(params, optimizer, ones(params))[0]
+    added = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    optimizer.add_param_group({"params": [added], "lr": 7.0})
+    found = adapted_through_meta_grad([added, *params], optimizer, ones([added, *params]))[0]
+    assert not found[0].any()
+    torch.testing.assert_close(found[1:], before, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_that_was_removed_after_the_step(kind: Any) -> None:
+    """Each of the others keeps the record of its own step."""
+    torch.manual_seed(0)
+    params, optimizer = after_steps(kind)
+    second = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    optimizer.add_param_group({"params": [second], "lr": 0.7})
+    optimizer.zero_grad()
+    loss([*params, second]).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    before = adapted_through_meta_grad([second], optimizer, ones([second]))[0]
+    del optimizer.param_groups[0]
+    optimizer.param_groups[0]["lr"] = 100.0
+    found = adapted_through_meta_grad([second], optimizer, ones([second]))[0]
+    assert same_bits(found[0], before[0]) and before[0].any()
+
+
+def test_parameters_that_joined_or_mixed_groups() -> None:
+    params, optimizer = after_steps(torch.optim.SGD)
+    before = adapted_through_meta_grad(params, optimizer, ones(params))[0]
+    joined = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    optimizer.param_groups[0]["params"].append(joined)
+    found = adapted_through_meta_grad([*params, joined], optimizer, ones([*params, joined]))[0]
+    assert not found[2].any()
+    torch.testing.assert_close(found[:2], before, rtol=1e-12, atol=0)
+    optimizer.add_param_group({"params": [torch.ones(1, dtype=torch.float64, requires_grad=True)], "lr": 1.0})
+    optimizer.zero_grad()
+    loss([*params, joined]).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(optimizer.param_groups.pop()["params"][0])
+    with pytest.raises(ValueError, match="parameters from several groups of its last step; make a base step"):
+        adapted_through_meta_grad(params, optimizer, ones(params))[0]

@@ -25,6 +25,8 @@ _rounding_bases: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _found_infs: WeakKeyDictionary[Optimizer, Tensor | None] = WeakKeyDictionary()  # an entry: a step was seen
 _types: set[type[Optimizer] | str] = set()
 
+PARAMS = "sama_params"
+"""Key of the ids of the parameters that the group had at this step."""
 SKIPPED = "sama_skipped"
 """Key of the ids of the parameters that had no gradient at this step, so that it did not move them."""
 FIRST_STEP = "sama_first_step"
@@ -35,7 +37,7 @@ ETAS = "sama_etas"
 """Key of the step sizes that ASGD keeps per parameter and replaces at the end of the step, by the parameter's id."""
 _LAST = "sama_record"
 """Key among an optimizer's own hooks."""
-NOTES = (SKIPPED, FIRST_STEP, GRADS, ETAS)
+NOTES = (PARAMS, SKIPPED, FIRST_STEP, GRADS, ETAS)
 """The keys of a record that are no hyperparameters."""
 
 
@@ -50,10 +52,32 @@ def name(optimizer_type: type[Optimizer]) -> str:
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """One dict per parameter group: those of the last step, or today's if no step was seen since the import."""
-    recorded = _records.get(optimizer, [])
-    groups = optimizer.param_groups
-    return recorded + [_hyperparameters(group) for group in groups[len(recorded) :]]
+    """One dict per parameter group: those of the last step, or today's if no step was seen since the import.
+
+    Groups may have been added or removed since: parameters that are new have sat the step out.
+    Raises:
+        ValueError: a group has parameters of several groups of the step.
+    """
+    records, groups = _records.get(optimizer), optimizer.param_groups
+    if records is None:
+        return [_hyperparameters(group) for group in groups]
+    if not all(PARAMS in record for record in records):  # from a checkpoint, of an optimizer with the same groups
+        return records
+    owner = {i: record for record in records for i in record[PARAMS]}
+    return [_record_of(group, owner) for group in groups]
+
+
+def _record_of(group: dict[str, Any], owner: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    ids = {id(p) for p in group["params"]}
+    found = {id(owner[i]): owner[i] for i in ids if i in owner}
+    if len(found) > 1:
+        raise ValueError(
+            "optimizer: a parameter group has parameters from several groups of its last step; make a base step"
+            " (loss.backward(); optimizer.step()) before the meta step"
+        )
+    new = ids - owner.keys()
+    record = next(iter(found.values())) if found else {**_hyperparameters(group), SKIPPED: set(), GRADS: {}}
+    return {**record, SKIPPED: record[SKIPPED] | new} if new else record
 
 
 def is_recorded(optimizer: Optimizer) -> bool:
@@ -141,6 +165,7 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     copy = _hyperparameters(group)
+    copy[PARAMS] = {id(p) for p in group["params"]}
     copy[SKIPPED] = {id(p) for p in group["params"] if p.grad is None}
     if copy.get("dampening"):
         state = optimizer.state

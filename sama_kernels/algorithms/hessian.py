@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sama_kernels import checks, mask_draws
+from sama_kernels import loss_checks, mask_draws
 from sama_kernels.graphs import nodes
 from sama_kernels.guards import Interrupts
 from sama_kernels.types import Closure
@@ -35,7 +35,7 @@ class BaseGradient:
         for loss in losses:
             with torch.enable_grad(), mask_draws.fast(loss, theta[0].device), interrupts.allowed():
                 value = loss()
-                checks.scalar_loss("base_loss", value, "meta_params")
+                loss_checks.scalar_loss("base_loss", value, "meta_params")
                 total = total + value.reshape(())
         with torch.enable_grad(), interrupts.allowed(), _second_derivatives():
             g = torch.autograd.grad(total, theta, create_graph=True, allow_unused=True)

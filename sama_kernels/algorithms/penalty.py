@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sama_kernels import checks
+from sama_kernels import checks, loss_checks
 from sama_kernels.algorithms.hessian import dot
 from sama_kernels.algorithms.substitution import places, substituted
 from sama_kernels.buffers import BufferGuard
@@ -66,7 +66,7 @@ class _Penalty:
                 stack.enter_context(BufferGuard(self._modules, self._theta, self._lam))
                 stack.enter_context(substituted(self._places, at))
             value = loss()
-            checks.scalar_loss(name, value, "base_params")
+            loss_checks.scalar_loss(name, value, "base_params")
             with unhooked(self._lam):
                 found = torch.autograd.grad(value, (*at, *self._lam), allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip((*at, *self._lam), found, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sama_kernels import checks
-from sama_kernels.distributed.sharded import is_sharded
+from sama_kernels.distributed.sharded import is_offloaded, is_sharded
 from sama_kernels.types import Problem, Synchronisation
 
 SYNCS = ("final", "full", "none")
@@ -57,8 +57,21 @@ def same_direction(problem: Problem) -> None:
         )
 
 
-def parts(params: Sequence[Tensor], *, difference: str, clip_rank_one: bool, master_params: Any) -> None:
+def parts(
+    params: Sequence[Tensor],
+    meta_params: Sequence[Tensor],
+    *,
+    difference: str,
+    clip_rank_one: bool,
+    master_params: Any,
+) -> None:
     """Raise where something was asked for that cannot be done on parts of parameters."""
+    for name, tensors in (("base_params", params), ("meta_params", meta_params)):
+        if any(map(is_offloaded, tensors)):
+            raise NotImplementedError(
+                f"{name}: fully_shard with CPUOffloadPolicy keeps them on the CPU, from where they may still be copied"
+                " as theta moves; keep them on the GPU (the optimizer's state may be elsewhere)"
+            )
     if not any(map(is_sharded, params)):
         return
     if difference == "exact":

@@ -82,7 +82,7 @@ class Exchange(Alone):
         def send(row: int) -> Callable[[Tensor], Tensor]:
             def hook(grad: Tensor) -> Tensor:
                 if grad.layout != torch.strided:
-                    return grad  # `checks.dense` refuses it
+                    return grad  # `loss_checks.dense` refuses it
                 view = self._direct.view(row)
                 torch.mul(grad.detach(), self._share_meta * self._times, out=view)
                 self._direct.ready(row)

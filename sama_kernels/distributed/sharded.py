@@ -28,6 +28,11 @@ def is_sharded(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def is_offloaded(x: Any) -> bool:
+    """Whether a DTensor's part is on another device than its computations (CPUOffloadPolicy on GPUs)."""
+    return is_sharded(x) and x.device_mesh.device_type != x.device.type
+
+
 def local(x: Any) -> Any:
     """This rank's part of a DTensor, sharing memory with it; also of those in a dict; anything else as it is."""
     if isinstance(x, dict):
