@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from sama_kernels.integrations.endless import EndlessBatches  # noqa: E402
+from sama_kernels.integrations.trainer_checks import check_parallelism  # noqa: E402
 from sama_kernels.integrations.transformers import MetaTrainer  # noqa: E402
 
 
@@ -202,6 +204,26 @@ def test_bad_arguments(tmp_path: Path, changed: dict[str, Any], error: type[Exce
     }  # fmt: skip
     with pytest.raises(error, match=words):
         MetaTrainer(model=setting.model, args=setting.args, train_dataset=setting.train, **(given | changed))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "deepspeed", "axis", "words"),
+    [
+        (2, False, "", r"nn\.DataParallel.*torchrun"),
+        (1, True, "", "DeepSpeed.*fsdp_version 2"),
+        (1, False, "cp_enabled", "context and sequence parallelism"),
+        (1, False, "sp_enabled", "context and sequence parallelism"),
+    ],
+)
+def test_parallelism_that_is_refused(gpus: int, deepspeed: bool, axis: str, words: str) -> None:
+    """With stand-ins for a Trainer, which needs several GPUs to be so."""
+    parallelism = SimpleNamespace(cp_enabled=axis == "cp_enabled", sp_enabled=axis == "sp_enabled")
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(n_gpu=gpus), is_deepspeed_enabled=deepspeed,
+        accelerator=SimpleNamespace(parallelism_config=parallelism if axis else None),
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match=f"args: .*{words}"):
+        check_parallelism(trainer)
 
 
 def test_endless_batches() -> None:
