@@ -129,7 +129,7 @@ class BufferGuard:
         for buffer in buffers:
             while buffer is not None and torch._C._functorch.is_functorch_wrapped_tensor(buffer):
                 buffer = torch._C._functorch.get_unwrapped(buffer)
-            if buffer is None or id(buffer) in self._saved or buffer in self._theta:
+            if buffer is None or id(buffer) in self._saved or nn.parameter.is_lazy(buffer) or buffer in self._theta:
                 continue
             inside = torch._C._functorch.peek_interpreter_stack() is not None  # of vmap or grad
             with pyfunctorch.temporarily_clear_interpreter_stack() if inside else nullcontext():
@@ -204,10 +204,15 @@ def _write(values: Sequence[tuple[Tensor, Tensor]]) -> None:
     """`cells.copy_(contents)` for all of them; on a GPU one launch for each dtype."""
     alike: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}
     for cells, contents in values:
-        alike.setdefault((cells.is_inference(), cells.dtype, cells.device), []).append((cells, contents))
+        plain = type(cells) is Tensor and cells.layout == torch.strided  # DTensors have no foreach copy
+        kind = (cells.dtype, cells.device) if plain else (id(cells),)
+        alike.setdefault((cells.is_inference(), *kind), []).append((cells, contents))
     for (inference, *_), pairs in alike.items():
         with torch.inference_mode() if inference else torch.no_grad():
-            torch._foreach_copy_([cells for cells, _ in pairs], [contents for _, contents in pairs])
+            if len(pairs) == 1:
+                pairs[0][0].copy_(pairs[0][1])
+            else:
+                torch._foreach_copy_([cells for cells, _ in pairs], [contents for _, contents in pairs])
 
 
 def _models_of(params: set[int], modules: Sequence[nn.Module]) -> Iterable[nn.Module]:

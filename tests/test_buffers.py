@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import relative_error, same_bits
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
@@ -197,3 +198,46 @@ def test_modules_within_reach_that_no_pass_uses_are_not_copied() -> None:
         unused[0](torch.randn(4, 3))
         assert len(guard._saved) == 9
     assert unused[0].num_batches_tracked == 0
+
+
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3)], layout=torch.jagged),
+    "complex": lambda: torch.rand(2, dtype=torch.complex64),
+    "conjugated": lambda: torch.rand(2, dtype=torch.complex64).conj(),
+    "float8": lambda: torch.rand(4).to(torch.float8_e4m3fn),
+    "16 bits": lambda: torch.ones(2, dtype=torch.uint16),
+    "no elements": lambda: torch.ones(0, 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_of_other_kinds(kind: str) -> None:
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("other", KINDS[kind]())
+    module.register_buffer("nowhere", torch.empty(3, device="meta"))
+    module.register_buffer("lazy", nn.parameter.UninitializedBuffer())
+    buffer: Any = module.other
+    values = buffer.values() if kind in ("nested", "compressed") else buffer.to_dense() if kind == "sparse" else buffer
+    before = values.clone()
+    with BufferGuard([module], list(module.parameters())):
+        module(torch.randn(5, 2))
+        (buffer.values() if kind == "compressed" else buffer).zero_()
+    after = buffer.values() if kind in ("nested", "compressed") else buffer.to_dense() if kind == "sparse" else buffer
+    assert module.other is buffer and torch.equal(after, before) and module.num_batches_tracked == 0
+
+
+def _statistics_on_a_mesh(rank: int, world: int) -> bool:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, distribute_module
+
+    module = distribute_module(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), init_device_mesh("cpu", (world,)))
+    norm: Any = module[0]
+    with BufferGuard([module, *module], list(module.parameters())):
+        norm.running_mean.add_(1)
+    return isinstance(norm.running_mean, DTensor) and not norm.running_mean.to_local().any()
+
+
+def test_buffers_that_are_distributed() -> None:
+    assert run_ranks(1, _statistics_on_a_mesh) == [True]
