@@ -137,7 +137,7 @@ def _without_waiting(rank: int, world: int, device: str) -> None:
         if device == "cuda" and attempt == 2:  # the ranks agree, and kernels are loaded, before
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
-        for sync in ("final", "full"):
+        for sync in ("final", "full"):  # the second one waits for the end of the first, which this mode does not see
             problem.meta_grad(optimizer, sync=sync, group=dist.group.WORLD, hold="center", weight=(3.0, 2.0))
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("default")
