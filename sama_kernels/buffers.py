@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
@@ -123,23 +122,28 @@ class BufferGuard:
         if module not in self._slots:
             self._slots[module] = slots = self._before.get(module) or _slots_of(module)
             self._save_contents(slots.values())
-        self._save_contents(buffer for _, buffer in module._buffers.items())
+        new = [b for b in module._buffers.values() if id(b) not in self._saved]
+        if new:
+            self._save_contents(new)
 
     def _save_contents(self, buffers: Iterable[Tensor | None]) -> None:
-        for buffer in buffers:
-            while buffer is not None and torch._C._functorch.is_functorch_wrapped_tensor(buffer):
-                buffer = torch._C._functorch.get_unwrapped(buffer)
-            if buffer is None or id(buffer) in self._saved or nn.parameter.is_lazy(buffer) or buffer in self._theta:
-                continue
-            inside = torch._C._functorch.peek_interpreter_stack() is not None  # of vmap or grad
-            with pyfunctorch.temporarily_clear_interpreter_stack() if inside else nullcontext():
-                cells = _cells(buffer)
-                version = None if buffer.is_inference() else buffer._version
-                self._saved[id(buffer)] = _Saved(buffer, cells, cells.detach().clone(), version)
+        inside = torch._C._functorch.peek_interpreter_stack() is not None  # of vmap or grad
+        with pyfunctorch.temporarily_clear_interpreter_stack() if inside else nullcontext():
+            for buffer in buffers:
+                while buffer is not None and torch._C._functorch.is_functorch_wrapped_tensor(buffer):
+                    buffer = torch._C._functorch.get_unwrapped(buffer)
+                if buffer is None or id(buffer) in self._saved or nn.parameter.is_lazy(buffer):
+                    continue
+                if buffer not in self._theta:
+                    cells = _cells(buffer)
+                    version = None if buffer.is_inference() else buffer._version
+                    self._saved[id(buffer)] = _Saved(buffer, cells, cells.detach().clone(), version)
 
     def _before_forward(self, thread: int) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, _: object) -> None:
-            if threading.get_ident() == thread:  # the hook is global, but other threads' modules are not ours
+            if (
+                module._buffers and threading.get_ident() == thread
+            ):  # the hook is global, but other threads' modules are not ours
                 self._save(module)
 
         return hook
@@ -159,17 +163,18 @@ class _Memory:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._ends: list[int] | None = None  # most models have no buffers that could be meant
+        self._spans: dict[int, list[tuple[int, int]]] | None = None  # most models have no buffers that could be meant
 
     def __contains__(self, x: Tensor) -> bool:
         if not x.is_floating_point() or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
             return False
-        if self._ends is None:
-            spans = sorted(_span(local(p)) for p in self._tensors)
-            self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
-        start, end = _span(x)
-        at = bisect_left(self._ends, start + 1)  # the first that ends behind the start of x
-        return start < end and at < len(self._ends) and self._starts[at] < end
+        if self._spans is None:
+            self._spans = {}
+            for p in map(local, self._tensors):
+                self._spans.setdefault(p.untyped_storage().data_ptr(), []).append(_span(p))
+        spans = self._spans.get(x.untyped_storage().data_ptr(), ())
+        start, end = _span(x) if spans else (0, 0)
+        return any(start < other_end and other_start < end for other_start, other_end in spans)
 
 
 def _span(x: Tensor) -> tuple[int, int]:

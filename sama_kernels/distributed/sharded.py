@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from sama_kernels.graphs import nodes
 from sama_kernels.hooks import ACCUMULATED, unhooked
 
+_ORDINARY = (Tensor, nn.Parameter)  # most of what is asked about, thousands of times in a meta step
 Groups = tuple[Any, ...]
 """The process groups over which the elements of a tensor are divided, one per mesh dimension; () if they are not."""
 
 
 def is_sharded(x: object) -> bool:
     """Whether `x` is a DTensor."""
+    if type(x) in _ORDINARY:
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # not imported: there are none, and importing takes a second
     return module is not None and isinstance(x, module.DTensor)
 
