@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import relative_error, same_bits
+from problems import flat, relative_error, same_bits
 from stepping import adapted, differenced, stepped
 from torch import Tensor
 
+import sama_kernels as sk
 from sama_experiments.common.memory import peak_bytes
 from sama_kernels import adaptation
 
@@ -307,3 +308,27 @@ def test_memory_is_that_of_one_parameter(found: Any) -> None:
     print(f"{found}: {peaks[0] / one:.1f} tensors of the parameter's size")
     assert one < peaks[0] < 40 * one
     assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_moments_of_rounding_noise_leave_float32_right() -> None:
+    """transformers' Adafactor divides by moments of 1e-27; the power -1.5 of that, its derivative, is no float32."""
+    kind = pytest.importorskip("transformers").Adafactor
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        params = [torch.randn(s, dtype=torch.float64).to(dtype).requires_grad_() for s in ((4, 3), (5,))]
+        optimizer = kind(params, lr=1e-3, scale_parameter=False, relative_step=False)
+        for _ in range(3):
+            for p in params:
+                p.grad = (torch.randn(p.shape, dtype=torch.float64) * 1e-13).to(dtype)
+            optimizer.step()
+        d = [torch.ones_like(p).detach() for p in params]
+        lam = [torch.zeros_like(p).requires_grad_() for p in params]
+        out = sk.meta_grad(
+            lambda lam=lam, ps=params: sum((x * p).sum() for x, p in zip(lam, ps, strict=True)),
+            lambda d=d, ps=params: sum((x * p).sum() for x, p in zip(d, ps, strict=True)) * 1e-9,
+            base_params=params, meta_params=lam, optimizer=optimizer, difference="exact",
+        )  # fmt: skip
+        assert not out.degenerate
+        found.append(flat(list(out.grads)).double())
+    assert relative_error(found[0], found[1]) < 1e-5

@@ -70,8 +70,14 @@ def _square_sum(x: Tensor) -> Tensor:
 
 
 def transformers_adafactor(grad: Tensor, param: Tensor, state: dict[str, Any], hyper: dict[str, Any]) -> Tensor:
-    """u of `transformers.optimization.Adafactor`, which keeps the root mean square of theta before the step."""
+    """u of `transformers.optimization.Adafactor`, which keeps the root mean square of theta before the step.
+
+    In float64: its eps[0] of 1e-30 lets moments through whose power -1.5, the derivative, is beyond float32 (1e-27 for
+    the biases of BERT's keys, which softmax does not see).
+    """
     t, (eps1, eps2) = state["step"], hyper["eps"]
+    grad = grad.double()
+    state = {key: x.double() if isinstance(x, Tensor) else x for key, x in state.items()}
     lr: float | Tensor = _transformers_lr(t, hyper)
     if hyper["scale_parameter"]:
         lr = lr * as_tensor(state["RMS"]).clamp(min=eps2)

@@ -131,6 +131,12 @@ def managed(modules: Iterable[Any]) -> dict[int, Tensor]:
 def reshard(modules: Iterable[Any]) -> None:
     """Let go of the parameters that FSDP has gathered: the next forward pass gathers them from the moved parts."""
     for module in modules:
+        for group in _groups(module):  # what was prefetched, and has not been used, would be used later
+            pending, group._all_gather_result = group._all_gather_result, None
+            if pending is not None and pending.all_gather_event is not None:
+                group.device_handle.current_stream().wait_event(pending.all_gather_event)
+            if pending is not None and isinstance(pending.all_gather_work, dist.Work):
+                pending.all_gather_work.wait()
         module.reshard()
 
 
@@ -143,11 +149,16 @@ def forget_forward_passes(modules: Iterable[Any]) -> None:
     """FSDP notes the order of its modules for prefetching in the backward pass, which clears it. After perturbed
     passes, which have none, the next backward pass would go by their order (torch 2.13: it gathers one layer twice)."""
     for module in modules:
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11: at most one
-        for group in groups if groups is not None else filter(None, [state._fsdp_param_group]):
+        for group in _groups(module):
             group.comm_ctx.post_forward_order.clear()
             group._post_forward_indices.clear()
+
+
+def _groups(module: Any) -> Iterable[Any]:
+    """The parameters that FSDP gathers together."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11: at most one
+    return groups if groups is not None else filter(None, [state._fsdp_param_group])
 
 
 def gradients(loss: Tensor, inputs: Sequence[Tensor], owned: dict[int, Tensor]) -> list[Tensor | None]:
