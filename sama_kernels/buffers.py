@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import pyfunctorch
 
-from sama_kernels.distributed.sharded import local
+from sama_kernels.shared_memory import Memory
 
 _compared: WeakSet[nn.Module] = WeakSet()  # found in a meta step that changed no other module's buffers
 
@@ -58,7 +58,7 @@ class BufferGuard:
     ) -> None:
         self._modules = tuple(modules)
         self._params = {id(p) for p in (*base_params, *meta_params)}
-        self._theta = _Memory(base_params)
+        self._theta = Memory(base_params)
         self._compiled = compiled
         self._compare = compiled and (first or any(m not in _compared for m in self._modules))
         self._before: dict[nn.Module, Slots] = {}  # references only
@@ -156,31 +156,6 @@ class BufferGuard:
                 " torch.compile in play this module could not be found in advance; let the closures reach it through a"
                 " variable, an attribute or an argument (of functools.partial)"
             )
-
-
-class _Memory:
-    """Where tensors lie; `x in memory`: whether x shares some of it. Tensors without memory of their own never do."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._spans: dict[int, list[tuple[int, int]]] | None = None  # most models have no buffers that could be meant
-
-    def __contains__(self, x: Tensor) -> bool:
-        if not x.is_floating_point() or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
-            return False
-        if self._spans is None:
-            self._spans = {}
-            for p in map(local, self._tensors):
-                self._spans.setdefault(p.untyped_storage().data_ptr(), []).append(_span(p))
-        spans = self._spans.get(x.untyped_storage().data_ptr(), ())
-        start, end = _span(x) if spans else (0, 0)
-        return any(start < other_end and other_start < end for other_start, other_end in spans)
-
-
-def _span(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte of a strided tensor and of the one behind its last."""
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + ((last + 1) * x.element_size() if x.numel() else 0)
 
 
 def _cells(x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def _unpacked(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, A
     params = group["params"]
     positions = {key: {id(params[i]) for i in saved[key]} for key in _BY_PARAMETER if key in saved}
     today = {key: value for key, value in group.items() if key != "params"}
-    return {**today, **saved["hyperparameters"], **positions}
+    return {**today, **saved["hyperparameters"], step_record.PARAMS: {id(p) for p in params}, **positions}
 
 
 def _plain(value: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise, tee
+from itertools import tee
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sama_kernels.distributed.sharded import is_freed, local
+from sama_kernels.graphs import nodes_from
 from sama_kernels.types import Relative
 
 ADAPTATIONS = ("paper", "exact", "none")
@@ -110,16 +111,20 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
 
 
-def apart(base_params: Sequence[Tensor]) -> None:
-    """Raise if two base parameters share memory: it would move twice. (Tied weights are one tensor, and no matter.)"""
-    places = sorted(
-        (start := p.data_ptr(), start + p.nbytes, i) for i, p in enumerate(map(local, base_params)) if p.is_contiguous()
-    )
-    for (_, end, i), (start, _, j) in pairwise(places):
-        if start < end:
+def independent(meta_params: Sequence[Tensor]) -> None:
+    """Raise if a meta parameter is computed from another one: its gradient would reach that one twice."""
+    computed = [p for p in meta_params if p.grad_fn is not None]
+    if not computed or len(meta_params) == 1:
+        return
+    row_of: dict[Any, int] = {p.grad_fn if p.grad_fn is not None else id(p): i for i, p in enumerate(meta_params)}
+    sources = (f for p in computed if p.grad_fn is not None for f, _ in p.grad_fn.next_functions if f is not None)
+    for node in nodes_from(sources):
+        row = row_of.get(node, row_of.get(id(getattr(node, "variable", None))))
+        if row is not None:
             raise ValueError(
-                f"base_params: tensors {i} and {j} (shape {tuple(base_params[j].shape)}) are two parameters in the same"
-                " memory; tie weights by assigning the parameter itself (a.weight = b.weight), not its .data"
+                f"meta_params: another of these tensors is computed from tensor {row} (shape"
+                f" {tuple(meta_params[row].shape)}), whose gradient would be counted twice; pass one of them:"
+                " gradients of computed tensors reach what they come from in meta_backward"
             )
 
 

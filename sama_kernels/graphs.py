@@ -10,8 +10,14 @@ from torch import Tensor
 
 def nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
     """All nodes that a backward pass from `roots` may reach, each once."""
-    waiting: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
+    return nodes_from(root.grad_fn for root in roots if root.grad_fn is not None)
+
+
+def nodes_from(starts: Iterable[Any]) -> Iterator[Any]:
+    """Those nodes, and all that a backward pass may reach from them, each once."""
+    waiting = list(starts)
     seen = set(waiting)
+    waiting = list(seen)
     while waiting:
         node = waiting.pop()
         yield node

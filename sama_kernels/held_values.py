@@ -137,7 +137,7 @@ def recorded(closure: Closure) -> Closure:
 
     Every ordinary call starts a fresh tape, owned by the closure; a meta step with ``hold="auto"`` holds the values
     of the last ordinary call (which the base step on the same batch has just made) and replays its random numbers.
-    Without the decorator they come from one more no-grad evaluation at theta. Values and generator states are kept
+    Without the decorator they come from one more evaluation at theta. Values and generator states are kept
     until the next ordinary call, or as long as the closure itself (without their graph: they are detached).
 
     With torch.compile write ``recorded(torch.compile(f))``. The other way round the recording is not compiled, nor is

@@ -22,6 +22,7 @@ from sama_kernels.integrations.optimizers import scaler_of, unwrapped
 from sama_kernels.passes import buffer_guard, direct_gradient
 from sama_kernels.perturbation import Perturbation
 from sama_kernels.reach import reachable
+from sama_kernels.shared_memory import apart
 from sama_kernels.types import Closure, MetaGradient, Problem, Relative
 
 P = ParamSpec("P")
@@ -88,7 +89,7 @@ def meta_grad(
         group: a process group of torch.distributed; None: all ranks.
         backend: "auto", "cpu", "cuda", "triton" or "reference"; an unavailable one is an error, never replaced.
         hold: where `stop_gradient` gets the values at theta: "auto": from the last ordinary call of a `@recorded`
-            base_loss, else as with "center": from one more evaluation at theta without a graph.
+            base_loss, else as with "center": from one more evaluation at theta.
         rounding: of theta + epsilon v to bfloat16 and float16 parameters: "nearest", or "stochastic", which makes the
             mean of the perturbation exact (to 0.2 %, see `ops.perturb`) where its entries, about alpha / sqrt(N), are
             less than half a unit in the last place and would be lost (about 1e9 parameters at alpha 1). `realised` in
@@ -142,8 +143,9 @@ def meta_grad(
     theta = checks.tensors("base_params", base_params, skip_frozen=True)
     lam = checks.tensors("meta_params", meta_params, skip_frozen=False)
     checks.leaves("base_params", theta)
-    checks.apart(theta)
+    apart(theta)
     checks.disjoint(theta, lam, (base_params, meta_params))
+    checks.independent(lam)
     device = checks.one_device(theta, lam)
     masters = checks.masters(master_params, theta, update_base)
     stepped, name = (theta, "base_params") if masters is None else (masters, "master_params")

@@ -120,13 +120,15 @@ class PerturbedPasses:
         return self._run(sent=True)
 
     def _visit_centre(self, theta: Perturbation) -> None:
-        """Evaluate the losses at theta without a graph, to learn the values that `stop_gradient` holds."""
+        """Evaluate the losses at theta, to learn the values that `stop_gradient` holds. With gradients on, as a loss
+        may need those of its inputs; theta is frozen, so the graph is lambda's, and goes at once."""
         theta.toggle()
         self._rewind_randomness()
         tapes = []
         for loss in self._losses:
             tape = holding.Tape(copy=True)
-            with torch.no_grad(), self._as_trained(loss), holding.handling(tape.record), self._interrupts.allowed():
+            answers, explained = holding.handling(tape.record), loss_checks.inner_gradients()
+            with torch.enable_grad(), self._as_trained(loss), answers, self._interrupts.allowed(), explained:
                 loss()
             holding.remember(loss)
             tapes.append(tape)

@@ -61,3 +61,30 @@ def _sharded(rank: int, world: int) -> str:
 def test_sharded_parameters() -> None:
     for said in run_ranks(2, _sharded):
         assert "ConjugateGradient does not take sharded parameters; use SAMA" in said
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"base_loss": lambda p: 1.0}, TypeError, "base_loss: must return a scalar tensor, got float"),
+        ({"base_loss": lambda p: p.net(torch.ones(2, 5).double())}, ValueError, "base_loss: must return a scalar, got"),
+        ({"base_loss": lambda p: p.base_loss().detach()}, ValueError, "base_loss: its result has no gradient"),
+        ({"meta_loss": lambda p: torch.ones(())}, ValueError, "meta_loss: its result has no gradient"),
+        ({"base_loss": lambda p: p.meta_loss()}, ValueError, "meta_params: neither base_loss nor meta_loss reads any"),
+    ],
+    ids=["number", "vector", "detached", "constant meta loss", "without lambda"],
+)
+def test_losses_that_iterative_cannot_use(
+    changed: dict[str, Any], error: type[Exception], words: str, checkpoint: bool
+) -> None:
+    problem = weight_net(3, recorded=False)
+    optimizer = after_steps(problem, 0)
+    before = snapshot(problem.theta)
+    losses = {"base_loss": lambda p: p.base_loss(), "meta_loss": lambda p: p.meta_loss(), **changed}
+    with pytest.raises(error, match=words):
+        sk.meta_grad(
+            lambda: losses["base_loss"](problem), lambda: losses["meta_loss"](problem), base_params=problem.net,
+            meta_params=problem.weigher, optimizer=optimizer, algorithm=Iterative(steps=2, checkpoint=checkpoint),
+        )  # fmt: skip
+    assert all(same_bits(a, b) for a, b in zip(before, problem.theta, strict=True))

@@ -134,6 +134,11 @@ CASES: dict[str, tuple[Callable[[Setting], dict[str, Any]], type[Exception], str
         ValueError,
         r"base_loss: it seems to differentiate .*torch\.func\.grad",
     ),
+    "one computed from another": (
+        lambda s: {"meta_params": [s.lam, s.lam * 2]},
+        ValueError,
+        r"meta_params: another of these tensors is computed from tensor 0 .*counted twice",
+    ),
     "number as loss": (
         lambda s: {"base_loss": lambda: 1.0},
         TypeError,

@@ -224,3 +224,24 @@ def test_info_names_a_backend_and_a_reason_for_every_op() -> None:
     assert facts["version"] == sk.__version__ and facts["build"]["cpu"] is True
     for choices in facts["ops"].values():
         assert choices["cpu"]["backend"] == "cpu" and choices["cpu"]["why"]
+
+
+def test_meta_parameters_that_one_operator_makes() -> None:
+    """Two outputs of a hypernetwork are not computed from one another; their gradients meet in its parameters."""
+    problem = weight_net(seed=6)
+    optimizer = after_steps(problem, 2)
+    code = torch.randn(48, dtype=torch.float64, requires_grad=True)
+    residuals = torch.randn(24, 1, dtype=torch.float64)
+
+    def losses(first: Tensor, second: Tensor) -> Any:
+        def base_loss() -> Tensor:
+            fit = sum((p.sin().sum() for p in problem.net.parameters()), torch.zeros(()))
+            return ((first * second).sigmoid()[:, None] * (residuals + fit).square()).mean()
+
+        return base_loss
+
+    parts = code.exp().chunk(2)
+    given = {"base_params": problem.net, "optimizer": optimizer, "alpha": 1e-3}
+    out = sk.meta_backward(losses(*parts), problem.meta_loss, meta_params=parts, **given)
+    (expected,) = torch.autograd.grad(code.exp(), code, torch.cat(out.grads))
+    torch.testing.assert_close(code.grad, expected, rtol=1e-12, atol=0)

@@ -66,6 +66,7 @@ LAYERS = [
         "sama_kernels.reach",
         "sama_kernels.ladder",
     ],
+    ["sama_kernels.shared_memory"],
     ["sama_kernels.distributed.sharded"],
     [
         "sama_kernels.types",

@@ -259,3 +259,19 @@ def test_parameters_that_joined_or_mixed_groups() -> None:
     optimizer.param_groups[0]["params"].append(optimizer.param_groups.pop()["params"][0])
     with pytest.raises(ValueError, match="parameters from several groups of its last step; make a base step"):
         adapted_through_meta_grad(params, optimizer, ones(params))[0]
+
+
+def test_groups_that_change_after_a_checkpoint() -> None:
+    params, optimizer = after_steps(torch.optim.AdamW)
+    before = adapted_through_meta_grad(params, optimizer, ones(params))[0]
+    resumed = torch.optim.AdamW(params, lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    sk.load_state_dict(resumed, sk.state_dict(optimizer))
+    added = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    resumed.add_param_group({"params": [added]})
+    found = adapted_through_meta_grad([added, *params], resumed, ones([added, *params]))[0]
+    assert not found[0].any()
+    torch.testing.assert_close(found[1:], before, rtol=1e-12, atol=0)
+    assert [group["size"] for group in sk.state_dict(resumed)["groups"]] == [2, 1]
+    resumed.param_groups.pop(0)
+    assert [group["size"] for group in sk.state_dict(resumed)["groups"]] == [1]

@@ -287,3 +287,29 @@ def test_the_forward_of_an_autograd_function_is_not_taken_for_a_plain_detach() -
             lambda: (lam * Square.apply(theta)).sum(), lambda: theta.sum(), base_params=[theta], meta_params=[lam],
             optimizer=None, adaptation="none",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("difference", ["central", "forward", "exact"])
+def test_held_values_of_a_loss_with_gradients_of_its_inputs(difference: str) -> None:
+    """Without a recording they come from one more evaluation, in which a gradient penalty has to work too."""
+    torch.manual_seed(12)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    weigher = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1), nn.Sigmoid()).double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 1, dtype=torch.float64)
+
+    def base_loss() -> Tensor:
+        inputs = x.clone().requires_grad_()
+        outputs = net(inputs)
+        (slopes,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+        losses = (outputs - y).square() + slopes.square().sum(1, keepdim=True)
+        return (weigher(sk.stop_gradient(losses)) * losses).mean()
+
+    found = []
+    for loss in (base_loss, sk.recorded(base_loss)):
+        loss()
+        out = sk.meta_grad(
+            loss, lambda: (net(x) - 1).square().mean(), base_params=net, meta_params=weigher, optimizer=None,
+            adaptation="none", difference=difference, alpha=1e-3,
+        )  # fmt: skip
+        found.append(flat(out.grads))
+    assert found[0].norm() > 0 and relative_error(found[0], found[1]) < 1e-12

@@ -61,8 +61,6 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     records, groups = _records.get(optimizer), optimizer.param_groups
     if records is None:
         return [_hyperparameters(group) for group in groups]
-    if not all(PARAMS in record for record in records):  # from a checkpoint, of an optimizer with the same groups
-        return records
     owner = {i: record for record in records for i in record[PARAMS]}
     return [_record_of(group, owner) for group in groups]
 
@@ -77,7 +75,7 @@ def _record_of(group: dict[str, Any], owner: dict[int, dict[str, Any]]) -> dict[
         )
     new = ids - owner.keys()
     record = next(iter(found.values())) if found else {**_hyperparameters(group), SKIPPED: set(), GRADS: {}}
-    return {**record, SKIPPED: record[SKIPPED] | new} if new else record
+    return {**record, SKIPPED: record.get(SKIPPED, set()) | new} if new else record
 
 
 def is_recorded(optimizer: Optimizer) -> bool:

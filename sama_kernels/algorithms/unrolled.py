@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels import held_values as holding
-from sama_kernels import mask_draws
+from sama_kernels import loss_checks, mask_draws
 from sama_kernels.algorithms import adam_step
 from sama_kernels.algorithms.options import Iterative
 from sama_kernels.algorithms.substitution import nowhere, places, substituted
@@ -71,7 +71,10 @@ class Unroll:
     def run(self) -> Unrolled:
         """All steps, the meta loss after them, and back."""
         with holding.recomputing(self._gate.hold):  # where a checkpointed model computes activations again
-            return self._checkpointed() if self._options.checkpoint else self._one_graph()
+            result = self._checkpointed() if self._options.checkpoint else self._one_graph()
+        if all(g is None for g in result.grads):
+            raise ValueError("meta_params: neither base_loss nor meta_loss reads any of them (all gradients are None)")
+        return result
 
     def advance(self) -> None:
         """All <- what the steps led to, in the tensors that hold it; after `run`, and after the guards' own end."""
@@ -98,7 +101,7 @@ class Unroll:
                 theta, state, loss = self._step(step, theta, state)
                 base_loss = loss if base_loss is None else base_loss
             self._note_end(theta, state)
-            meta_loss = self._at(theta, [problem.meta_loss])
+            meta_loss = self._at("meta_loss", theta, [problem.meta_loss])
             with nowhere(self._places, len(theta)), self._interrupts.allowed():
                 grads = torch.autograd.grad(meta_loss, problem.meta_params, allow_unused=True)
         assert base_loss is not None
@@ -119,7 +122,7 @@ class Unroll:
         self._note_end(theta, state)
         theta = _leaves(theta)
         with torch.enable_grad(), substituted(self._places, theta), self._interrupts.allowed():
-            meta_loss = self._at(theta, [problem.meta_loss])
+            meta_loss = self._at("meta_loss", theta, [problem.meta_loss])
             found = torch.autograd.grad(meta_loss, [*theta, *lam], allow_unused=True)
         adjoint: list[Tensor | None] = list(found[: len(theta)])
         sums: list[Tensor | None] = list(found[len(theta) :])
@@ -154,7 +157,7 @@ class Unroll:
         """theta and the state after one step, with their graph, and L_base before it."""
         losses = self._problem.base_losses
         with holding.handling(self._gate.hold):
-            loss = self._at(theta, losses[step : step + 1] if self._options.per_step else losses)
+            loss = self._at("base_loss", theta, losses[step : step + 1] if self._options.per_step else losses)
         with substituted(self._places, theta), self._interrupts.allowed(), self._gate.closed():
             grads = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
         if adam_step.fits(self._optimizer, state):
@@ -191,13 +194,15 @@ class Unroll:
         make: Any = type(self._optimizer)
         return make([g for g in groups if g["params"]], differentiable=True)
 
-    def _at(self, theta: Sequence[Tensor], losses: Sequence[Closure]) -> Tensor:
+    def _at(self, name: str, theta: Sequence[Tensor], losses: Sequence[Closure]) -> Tensor:
         """The sum of the losses with `theta` in the place of the base parameters."""
         values = []
         with substituted(self._places, theta):
             for loss in losses:
                 with mask_draws.fast(loss, theta[0].device), self._interrupts.allowed():
-                    values.append(loss().reshape(()))
+                    value = loss()
+                    loss_checks.scalar_loss(name, value, "base_params")
+                    values.append(value.reshape(()))
         return torch.stack(values).sum()
 
     def _state(self) -> State:
