@@ -239,3 +239,51 @@ def test_endless_batches() -> None:
     parts = [batches(3, size=2, seed=1, rank=rank, ranks=2) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(b) for b in batches(3, size=4, seed=1)]
     assert batches(2, size=3, seed=2) != batches(2, size=3, seed=1)
+
+
+def test_every_trial_of_a_search_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for optuna: two trials with the same settings train the same, with the clipping of each."""
+    torch.manual_seed(4)
+    setting = Setting(tmp_path, dropout=0.0)
+    state = copy.deepcopy(setting.model.state_dict())
+    coefficients: list[float] = []
+    meta_backward = sk.meta_backward
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        coefficients.append(float(kwargs["clip_coef"]))
+        return meta_backward(*args, **kwargs)
+
+    monkeypatch.setattr(sk, "meta_backward", noting)
+
+    def fresh() -> nn.Module:
+        setting.model = bert(0.0)
+        setting.model.load_state_dict(state)
+        return setting.model
+
+    found: list[list[Tensor]] = []
+    trainer = MetaTrainer(
+        model_init=fresh, args=setting.args, train_dataset=setting.train, eval_dataset=setting.clean,
+        base_loss=setting.base_loss, meta_model=setting.net, meta_dataset=setting.clean, meta_every=2,
+        meta_optimizer=torch.optim.SGD(setting.net.parameters(), lr=0.5, momentum=0.9), sama={"alpha": 0.05},
+    )  # fmt: skip
+
+    def search(self: Any, *_: Any, **__: Any) -> None:
+        self.hp_search_backend, self.hp_space = "optuna", lambda trial: {"seed": 5}
+        for _ in range(2):
+            trial = SimpleNamespace(params={}, number=0)
+            self._hp_search_setup(trial)
+            self.train()
+            found.append(parameters(setting))
+
+    monkeypatch.setattr(transformers.Trainer, "hyperparameter_search", search)
+    trainer.hyperparameter_search(n_trials=2)
+    assert len(coefficients) == 6 and coefficients[:3] == coefficients[3:] and max(coefficients) < 1
+    assert all(map(torch.equal, *found))
+
+
+def test_clipping_that_is_not_seen_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(tmp_path)
+    trainer = setting.trainer()
+    monkeypatch.setattr(trainer, "_clip_grad_norm", lambda model: torch.ones(()))  # as for several device meshes
+    with pytest.raises(RuntimeError, match=r"max_grad_norm: .*not clipped by accelerate's.*clip_coef"):
+        trainer.train()

@@ -65,3 +65,22 @@ def test_two_processes_train_what_one_does(name: str) -> None:
         torch.testing.assert_close(rank["parameters"], expected["parameters"], rtol=0, atol=1e-9)
         assert all(map(torch.equal, rank["parameters"], found[0]["parameters"]))
         assert rank["logs"] == pytest.approx(expected["logs"], rel=1e-6) and len(rank["logs"]) == 3
+
+
+def resumed(rank: int, world: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """What six steps lead to, and three more from the checkpoint of the third."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "localhost", "29500"
+    found = []
+    for resume in (None, f"{folder}/whole/checkpoint-3"):
+        torch.manual_seed(7)
+        name = "whole" if resume is None else "resumed"
+        setting = Setting(Path(folder, name), ddp_backend="gloo", save_strategy="steps", save_steps=3)
+        trainer = setting.trainer(meta_optimizer=torch.optim.Adam(setting.net.parameters(), lr=1e-2), meta_every=1)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(parameters(setting))
+    return found[0], found[1]
+
+
+def test_two_processes_resume(tmp_path: Path) -> None:
+    for whole, again in run_ranks(2, resumed, str(tmp_path)):
+        assert all(map(torch.equal, whole, again))

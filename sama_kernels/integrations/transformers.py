@@ -86,7 +86,7 @@ class MetaTrainer(transformers.Trainer):
         self._since_log: tuple[int, Tensor | float, Tensor | float] = 0, 0.0, 0.0  # meta steps, loss, degenerate
         # base_loss is a mean over a microbatch: the Trainer is to divide it by the number of them.
         self.model_accepts_loss_kwargs = False
-        self.accelerator.clip_grad_norm_ = self._noting_norm(self.accelerator.clip_grad_norm_)
+        self._initial: dict[str, Any] | None = None  # lambda and its optimizer as a search began
         self.add_callback(_MetaSteps(self, meta_every))
 
     def get_meta_dataloader(self, start: int = 0) -> DataLoader[Any]:
@@ -121,6 +121,11 @@ class MetaTrainer(transformers.Trainer):
         arguments: dict[str, Any] = {"base_params": self.model_wrapped, "optimizer": self.optimizer, **self._sama}
         if self._norm is not None:
             arguments.setdefault("clip_coef", sk.clip_coef(self._norm, self.args.max_grad_norm))
+        elif self.args.max_grad_norm and "clip_coef" not in arguments:
+            raise RuntimeError(
+                "args: max_grad_norm: the gradients were not clipped by accelerate's clip_grad_norm_, so the factor"
+                ' is not known; pass sama={"clip_coef": ...}, or max_grad_norm=0'
+            )
         self.meta_optimizer.zero_grad()  # backward() of the base loss reached lambda too
         with self.compute_loss_context_manager():
             out = sk.meta_backward(
@@ -134,6 +139,36 @@ class MetaTrainer(transformers.Trainer):
         self._since_log = steps + 1, loss + out.meta_loss.float(), degenerate + out.degenerate.float()
         return out
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also notes the norm of the gradients; a search makes an accelerator for every trial."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.clip_grad_norm_ = self._noting_norm(self.accelerator.clip_grad_norm_)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; every trial begins with lambda, its optimizer and the order of the clean samples anew."""
+        self._initial = copy.deepcopy(self._lambda_state())
+        try:
+            return super().hyperparameter_search(*args, **kwargs)
+        finally:
+            self._initial = None
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self._initial is not None:
+            self._load_lambda(copy.deepcopy(self._initial))
+
+    def _lambda_state(self) -> dict[str, Any]:
+        return {
+            "meta_model": self.meta_model.state_dict(),
+            "meta_optimizer": self.meta_optimizer.state_dict(),
+            "drawn": self._drawn,
+        }
+
+    def _load_lambda(self, state: Mapping[str, Any]) -> None:
+        self.meta_model.load_state_dict(state["meta_model"])
+        self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        self._drawn, self._loader = state["drawn"], None
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds "meta_loss" and "meta_degenerate" to the logs of training."""
         steps, loss, degenerate = self._since_log
@@ -145,12 +180,7 @@ class MetaTrainer(transformers.Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state = {
-                "meta_model": self.meta_model.state_dict(),
-                "meta_optimizer": self.meta_optimizer.state_dict(),
-                "sama": sk.state_dict(cast(torch.optim.Optimizer, self.optimizer)),
-                "drawn": self._drawn,
-            }
+            state = {**self._lambda_state(), "sama": sk.state_dict(cast(torch.optim.Optimizer, self.optimizer))}
             torch.save(state, Path(output_dir, _STATE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -160,11 +190,9 @@ class MetaTrainer(transformers.Trainer):
         path = Path(checkpoint, _STATE)
         if not path.exists():
             raise ValueError(f"resume_from_checkpoint: {path} is missing: not a checkpoint of a MetaTrainer")
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
-        self.meta_model.load_state_dict(state["meta_model"])
-        self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+        state = torch.load(path, map_location="cpu", weights_only=True)  # what is loaded goes to where its owner is
+        self._load_lambda(state)
         sk.load_state_dict(cast(torch.optim.Optimizer, self.optimizer), state["sama"])
-        self._drawn, self._loader = state["drawn"], None
 
     def _next_batch(self) -> Any:
         if self._loader is None:
