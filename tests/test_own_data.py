@@ -246,6 +246,7 @@ def test_other_settings_do_not_go_on(folder: Path, tmp_path: Path, capsys: pytes
         (["--out", "weights.txt"], "--out weights.txt: the name must end in .parquet, .csv, .jsonl"),
         (["--out", "."], "--out .: is a folder"),
         (["--out", "{folder}/train.jsonl"], "is the file of --train"),
+        (["--out", "taken.csv"], "taken.csv.unfinished is for checkpoints, but there is a file of this name"),
         (["--model", "nowhere"], "no model folder nowhere"),
         (["--train-layers", "9"], "--train-layers 9: the model has only 3 layers"),
     ],
@@ -261,6 +262,7 @@ def test_errors_of_weigh_are_one_line(
     monkeypatch.chdir(tmp_path)
     Path("one.csv").write_text("text,label\na,1\nb,1\n")
     Path("other.csv").write_text("text,label\na,x\nb,y\n")
+    Path("taken.csv.unfinished").write_text("mine")
     assert weigh(folder, tmp_path / "weights.csv", *(part.format(folder=folder) for part in arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
@@ -276,6 +278,8 @@ def test_errors_of_weigh_are_one_line(
         (["--out", "kept.csv"], "--out kept.csv: must end in .jsonl, as --train does"),
         (["--out", "{folder}/train.jsonl"], "is the file of --train"),
         (["--report", "{folder}/weights.jsonl"], "is the file of --weights"),
+        (["--report", "{folder}/weights.jsonl.json"], "is what belongs to --weights"),
+        (["--report", "kept.jsonl.partial"], "is the file of --out"),
         (["--report", "nowhere/report.html"], "there is no folder nowhere"),
     ],
 )
@@ -293,6 +297,26 @@ def test_errors_of_prune_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", [".bad_rows.jsonl", ""])
+@pytest.mark.parametrize("flag", ["--train", "--clean"])
+def test_inputs_are_not_written_over(folder: Path, tmp_path: Path, capsys: Any, flag: str, end: str) -> None:
+    out = tmp_path / "weights.jsonl"
+    mine = Path(f"{out}{end}")
+    content = (folder / ("train.jsonl" if flag == "--train" else "dev.jsonl")).read_bytes()
+    mine.write_bytes(content)
+    assert weigh(folder, out, flag, str(mine)) == 2
+    error = capsys.readouterr().err
+    assert f"the file of {flag}" in error and ("is written beside it" in error) == bool(end)
+    assert mine.read_bytes() == content and list(tmp_path.iterdir()) == [mine]
+
+
+def test_a_training_that_diverges_writes_nothing(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "weights.csv"
+    assert weigh(folder, out, "--lr", "1e30") == 2
+    assert re.search(r"^error: --lr 1e\+30, .*diverged .*nothing was written", capsys.readouterr().err)
+    assert not out.exists() and not Path(f"{out}.json").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--keep", "0"], ["--keep", "1.1"], ["--keep", "nan"]])

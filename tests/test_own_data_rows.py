@@ -215,12 +215,25 @@ def test_parquet_columns_are_named(tmp_path: Path) -> None:
         open_rows("--train", path, "text", "label")
 
 
-@pytest.mark.parametrize(("value", "name"), [(1, "1"), (1.0, "1"), ("1", "1"), (False, "false"), ("a b", "a b")])
+def test_parquet_columns_are_told_apart(tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array([1])], ["text", "text", "label"]), path
+    )
+    with pytest.raises(ExperimentError, match=r"--text text: .* has 2 columns of this name"):
+        open_rows("--train", path, "text", "label")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(1, "1"), (1.0, "1"), ("1", "1"), ("-1.0", "-1"), ("1.5", "1.5"), (False, "false"), ("a b", "a b")],
+)
 def test_labels_are_strings(value: object, name: str) -> None:
     assert label_of(value, "label") == name
 
 
-@pytest.mark.parametrize("value", [None, "", 0.5, float("nan"), float("inf"), [1], {}])
+@pytest.mark.parametrize("value", [None, "", 0.5, float("nan"), float("inf"), [1], {}, "\ud83d"])
 def test_labels_that_are_none(value: object) -> None:
     with pytest.raises(BadRow):
         label_of(value, "label")

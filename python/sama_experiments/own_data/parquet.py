@@ -44,6 +44,8 @@ class ParquetFile:
         for name, flag in ((text, "--text"), (label, "--label")):
             if name not in names:
                 raise ExperimentError(f"{flag} {name}: {path} has no such column; its columns are {', '.join(names)}")
+            if names.count(name) > 1:
+                raise ExperimentError(f"{flag} {name}: {path} has {names.count(name)} columns of this name")
 
     def scan(self) -> Iterator[Record]:
         """All rows, in order."""

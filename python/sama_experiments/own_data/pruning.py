@@ -52,7 +52,7 @@ def prune(options: PruneOptions, console: Console) -> None:
     kept = highest(table["weight"] if options.by == "weight" else -table["suspicion"], options.keep)
     mask = bytearray(summary["rows"])
     torch.frombuffer(mask, dtype=torch.uint8)[table["row"]] = kept.to(torch.uint8)
-    partial = out.with_name(f"{out.name}.partial")
+    partial = weights_file.partial_file(out)
     rows.copy(partial, mask)
 
     lists = _lists(table, options.rows)
@@ -90,11 +90,15 @@ def _outputs(options: PruneOptions, weights: Path, train: Path) -> tuple[Path, P
     out, report = out_file("--out", Path(options.out)), out_file("--report", Path(options.report))
     if format_of("--out", out) != format_of("--train", train):
         raise ExperimentError(f"--out {out}: must end in {train.suffix}, as --train does: rows are kept as they are")
-    inputs = {weights.resolve(): "--weights", train.resolve(): "--train"}
-    for flag, path in (("--out", out), ("--report", report)):
-        if path.resolve() in inputs:
-            raise ExperimentError(f"{flag} {path}: is the file of {inputs[path.resolve()]}; name another one")
-        inputs[path.resolve()] = flag
+    taken = {
+        weights.resolve(): "the file of --weights",
+        weights_file.summary_file(weights).resolve(): "what belongs to --weights",
+        train.resolve(): "the file of --train",
+    }
+    for flag, path in (("--out", out), ("--out", weights_file.partial_file(out)), ("--report", report)):
+        if path.resolve() in taken:
+            raise ExperimentError(f"{flag} {path}: is {taken[path.resolve()]}; name another one")
+        taken[path.resolve()] = "the file of --out"
     return out, report
 
 

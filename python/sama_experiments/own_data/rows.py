@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,11 @@ def text_of(value: object, column: str) -> str:
         raise BadRow(f"{column} is a {type(value).__name__}, not a string")
     if not value.strip():
         raise BadRow(f"{column} is blank")
+    return whole(value, column)
+
+
+def whole(value: str, column: str) -> str:
+    """`value`, or BadRow if it cannot be written."""
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can write it: "\ud800"
@@ -75,4 +81,5 @@ def label_of(value: object, column: str) -> str:
         return str(int(value))
     if not isinstance(value, str | int):
         raise BadRow(f"{column} is a {type(value).__name__}, not a string or an integer")
-    return str(value)
+    name = whole(str(value), column)
+    return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name  # as pandas writes them to CSV

@@ -52,8 +52,10 @@ def weigh(options: WeighOptions, console: Console) -> None:
     train, clean = Path(options.train), Path(options.clean)
     for flag, path in (("--train", train), ("--clean", clean)):
         open_rows(flag, path, options.text, options.label)
-        if out.resolve() == path.resolve():
-            raise ExperimentError(f"--out {out}: is the file of {flag}; name another one")
+        for written in (out, bad_rows_file(out), weights_file.summary_file(out), weights_file.partial_file(out)):
+            if written.resolve() == path.resolve():
+                beside = "is" if written == out else f"{written}, which is written beside it, is"
+                raise ExperimentError(f"--out {out}: {beside} the file of {flag}; name another one")
     digests = {"train": digest(train), "clean": digest(clean)}
     if digests["train"] == digests["clean"]:
         raise ExperimentError(
@@ -186,6 +188,10 @@ def bad_rows_file(out: Path) -> Path:
 def working_folder(out: Path) -> Iterator[Path]:
     """A folder beside the output for checkpoint and copied texts; it stays only where the work was not finished."""
     folder = Path(f"{out}.unfinished")
+    if folder.exists() and not folder.is_dir():
+        raise ExperimentError(
+            f"--out {out}: {folder} is for checkpoints, but there is a file of this name; move it away"
+        )
     folder.mkdir(exist_ok=True)
     spool = folder / "texts.jsonl"
     try:
@@ -222,6 +228,11 @@ def _read(options: WeighOptions, bad_rows: Path, spool: Path, progress: Progress
 
 def _write(out: Path, options: WeighOptions, files: Files, scores: Scores, clean_scores: Scores) -> dict[str, Any]:
     """Write the weights; returns the summary."""
+    if not (scores.loss.isfinite().all() and scores.relative_weight().isfinite().all()):
+        raise ExperimentError(
+            f"--lr {options.settings.lr:g}, --meta-lr {options.settings.meta_lr:g}: the training diverged (losses or"
+            " weights are not finite), and nothing was written; try smaller ones, with --restart"
+        )
     suspicion = scores.suspicion()
     differs = scores.proposed != files.train.labels
     threshold = clean_scores.suspicion().quantile(1 - options.false_alarms).item()

@@ -29,7 +29,7 @@ def check_name(flag: str, path: Path) -> None:
 
 def write(path: Path, classes: list[str], columns: dict[str, Tensor]) -> None:
     """Write columns of one length, [N] each; classes by their names."""
-    partial = Path(f"{path}.partial")
+    partial = partial_file(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         _write_parquet(partial, classes, columns)
@@ -69,12 +69,12 @@ def read(path: Path, classes: list[str], names: list[str]) -> dict[str, Tensor]:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Beside the weights: what they were made from, and how."""
-    _summary_file(path).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    summary_file(path).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """What ``write_summary`` wrote."""
-    file = _summary_file(path)
+    file = summary_file(path)
     if not path.is_file():
         raise ExperimentError(f"--weights {path}: no such file")
     if not file.is_file():
@@ -86,8 +86,14 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _summary_file(path: Path) -> Path:
+def summary_file(path: Path) -> Path:
+    """Where `weigh` puts what it says of its weights."""
     return Path(f"{path}.json")
+
+
+def partial_file(path: Path) -> Path:
+    """What is written before it takes the place of `path`."""
+    return Path(f"{path}.partial")
 
 
 def _parts(classes: list[str], columns: dict[str, Tensor]) -> Iterator[dict[str, list[Any]]]:
