@@ -139,6 +139,7 @@ def meta_grad(
     base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
     reach = reachable((*base_losses, meta_closure, base_params, meta_params))
     fsdp = sharded.fsdp_modules(reach.modules)
+    sharded.synchronising(fsdp)
     sharded.reshard(fsdp)  # a forward pass without a backward pass may have left modules gathered
     theta = checks.tensors("base_params", base_params, skip_frozen=True)
     lam = checks.tensors("meta_params", meta_params, skip_frozen=False)

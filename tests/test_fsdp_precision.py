@@ -243,6 +243,10 @@ def _refused(rank: int, world: int) -> dict[str, str]:
         "masters": {"master_params": list(problem.net.parameters())},
     }.items():
         said[name] = _message(lambda options=options: problem.meta_grad(optimizer, **options))
+    for name in ("gradient_sync", "all_reduce"):
+        getattr(problem.net, f"set_requires_{name}")(False)
+        said[name] = _message(lambda: problem.meta_grad(optimizer))
+        getattr(problem.net, f"set_requires_{name}")(True)
     mesh_type = type(next(problem.net.parameters()).device_mesh)
     for name in ("base_params", "meta_params"):  # parameters on the CPU of a mesh of GPUs
         other = Divided(rank, world)
@@ -286,6 +290,8 @@ def test_what_cannot_be_done_is_said() -> None:
         assert said["exact"].startswith('NotImplementedError: difference: "exact" needs forward-mode')
         assert said["rank one"].startswith("NotImplementedError: clip_rank_one: it is not available for sharded")
         assert said["masters"].startswith("NotImplementedError: master_params: not for sharded base_params")
+        for name in ("gradient_sync", "all_reduce"):
+            assert said[name].startswith("ValueError: base_params, meta_params: set_requires_gradient_sync(False) or")
         for name in ("base_params", "meta_params"):
             text = f"NotImplementedError: {name}: fully_shard with CPUOffloadPolicy"
             assert said[f"offloaded {name}"].startswith(text)

@@ -87,6 +87,27 @@ def test_a_closure_that_raises_on_one_rank(world: int, bad: int, sync: str) -> N
                 assert text.startswith(f"RuntimeError: base_loss, meta_loss: the meta step failed on rank {bad},")
 
 
+def _in_a_group(rank: int, world: int) -> str:
+    group = torch.distributed.new_group([1, 2])
+    if rank == 0:
+        return ""
+    problem, optimizer = _trained(rank, world)
+    if rank == 2:
+        Fault(problem, "base_loss", 1, _raise)
+    with pytest.raises((Broken, RuntimeError)) as failure:
+        problem.meta_grad(optimizer, group=group)
+    with pytest.raises(ValueError) as difference:
+        problem.meta_grad(optimizer, group=group, bucket_mib=float(rank))
+    return f"{failure.value} {difference.value}"
+
+
+def test_ranks_of_a_group_are_named_as_among_all() -> None:
+    _, well, broken = run_ranks(3, _in_a_group)
+    assert "the meta step failed on rank 2, whose" in well and "on purpose" in broken
+    for said in (well, broken):
+        assert "bucket_mib: the ranks disagree: rank 1 has 1.0, rank 2 has 2.0" in said
+
+
 def _not_finite(rank: int, world: int, sync: str) -> None:
     for closure, call in FAULTS:
         problem, optimizer = _trained(rank, world)

@@ -43,13 +43,20 @@ def agree(group: Any, description: dict[str, Any], device: torch.device) -> None
     for name in description:
         values = [other[name] for other in everyone]
         if any(value != values[0] for value in values):
-            rank = next(r for r, value in enumerate(values) if value != values[0])
+            other = next(r for r, value in enumerate(values) if value != values[0])
+            first, rank = _names(group, [0, other])
             raise ValueError(
-                f"{name}: the ranks disagree: rank 0 has {_short(values[0], values[rank])}, rank {rank} has"
-                f" {_short(values[rank], values[0])}; call the meta step with the same parameters, in the same order,"
+                f"{name}: the ranks disagree: rank {first} has {_short(values[0], values[other])}, rank {rank} has"
+                f" {_short(values[other], values[0])}; call the meta step with the same parameters, in the same order,"
                 " and the same options on every rank"
             )
     known.add(key)
+
+
+def _names(group: Any, places: Sequence[int]) -> list[int]:
+    """The ranks, among all processes, of members of a group."""
+    ranks = dist.get_process_group_ranks(_itself(group))
+    return [ranks[place] for place in places]
 
 
 def _itself(group: Any) -> Any:
@@ -116,7 +123,7 @@ class Status:
         self._sum(everything)
         flags, sums = everything[:-3].view(3, self._world), everything[-3:]
         if may_wait(self._device):
-            raise_if_failed(flags[self.FAILED])
+            raise_if_failed(self._group, flags[self.FAILED])
         else:
             ask_later(self._group, flags[self.FAILED])
         failed, degenerate_ranks, not_finite = (flags > 0).unbind()
@@ -157,14 +164,15 @@ def learn_of_failure(group: Any) -> None:
     if asked is not None:
         failed, event = asked
         event.synchronize()
-        raise_if_failed(failed, "the meta step before this one")
+        raise_if_failed(group, failed, "the meta step before this one")
 
 
-def raise_if_failed(failed: Tensor, which: str = "the meta step") -> None:
-    """`failed`: not 0 for the ranks that did, on the host."""
-    ranks = [str(rank) for rank, flag in enumerate(failed.tolist()) if flag]
-    if ranks:
+def raise_if_failed(group: Any, failed: Tensor, which: str = "the meta step") -> None:
+    """`failed`: not 0 for the members that did, on the host."""
+    places = [place for place, flag in enumerate(failed.tolist()) if flag]
+    if places:
+        ranks = ", ".join(map(str, _names(group, places)))
         raise RuntimeError(
-            f"base_loss, meta_loss: {which} failed on rank {', '.join(ranks)}, whose own error says why; on this rank"
+            f"base_loss, meta_loss: {which} failed on rank {ranks}, whose own error says why; on this rank"
             " nothing was changed"
         )

@@ -123,6 +123,17 @@ def fsdp_modules(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
     return tuple(m for m in modules if isinstance(m, fsdp.FSDPModule))
 
 
+def synchronising(modules: Iterable[Any]) -> None:
+    """Raise if FSDP is told not to reduce gradients: then those of its parameters never come."""
+    for module in modules:
+        if not all(group.reduce_grads and group.all_reduce_grads for group in _groups(module)):
+            raise ValueError(
+                "base_params, meta_params: set_requires_gradient_sync(False) or set_requires_all_reduce(False) is in"
+                " force, as for gradient accumulation; set it to True before the last backward() of a step, and so"
+                " before the meta step"
+            )
+
+
 def managed(modules: Iterable[Any]) -> dict[int, Tensor]:
     """The parameters that these FSDP modules gather, and whose gradients they reduce, by id."""
     return {id(p): p for m in modules for p in m.parameters() if is_sharded(p)}
