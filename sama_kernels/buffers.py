@@ -36,13 +36,13 @@ class BufferGuard:
     `with BufferGuard(modules, base_params) as buffers:` saves them, `buffers.restore()` puts them back so that the next
     pass sees the same function, and leaving the block restores them, whatever happened.
 
-    `modules` are all that `reach` found. Those of models that base or meta parameters belong to are saved at once; the
-    rest need not be used, or by other threads. Which others the closures run is learnt from a forward pre-hook on all
-    modules, and which tensors are buffers for one call (`torch.func.functional_call`, also under vmap). torch.compile
-    would trace that hook, break its graphs at it and warn about it; so where compiled code is in play (`compiled`) all
-    `modules` are saved at once, and there is no hook. In the first meta step with new modules, or new code (`first`),
-    the other modules of the process are compared before and after then: a buffer that changed there is an error, not a
-    silent difference.
+    `modules`, all that `reach` found, are saved at once, whatever the closures will do with them (a memory bank may be
+    written without a call). Which others they run is learnt from a forward pre-hook on all modules, and which tensors
+    are buffers for one call (`torch.func.functional_call`, also under vmap); also which modules another thread runs,
+    and it alone: those are left to it. torch.compile would trace that hook, break its graphs at it and warn about it;
+    so where compiled code is in play (`compiled`) there is none. In the first meta step with new modules, or new code
+    (`first`), the other modules of the process are compared before and after then: a buffer that changed there is an
+    error, not a silent difference.
 
     A buffer in the memory of a base parameter moves with it, and is left alone.
     """
@@ -51,25 +51,23 @@ class BufferGuard:
         self,
         modules: Iterable[nn.Module],
         base_params: Sequence[Tensor],
-        meta_params: Sequence[Tensor] = (),
         *,
         compiled: bool = False,
         first: bool = False,
     ) -> None:
         self._modules = tuple(modules)
-        self._params = {id(p) for p in (*base_params, *meta_params)}
         self._theta = Memory(base_params)
         self._compiled = compiled
         self._compare = compiled and (first or any(m not in _compared for m in self._modules))
-        self._before: dict[nn.Module, Slots] = {}  # references only
         self._slots: dict[nn.Module, Slots] = {}
         self._saved: dict[int, _Saved] = {}  # by the id of the tensor, which it keeps alive
+        self._ours: set[nn.Module] = set()  # seen to run here
+        self._theirs: set[nn.Module] = set()  # seen to run in another thread
         self._others: list[tuple[nn.Module, str, Tensor, int]] = []
         self._cleanup = ExitStack()
 
     def __enter__(self) -> BufferGuard:
-        self._before = {m: _slots_of(m) for m in self._modules if m._buffers}
-        for module in self._modules if self._compiled else _models_of(self._params, self._modules):
+        for module in self._modules:
             self._save(module)
         if not self._compiled:
             handle = nn.modules.module.register_module_forward_pre_hook(self._before_forward(threading.get_ident()))
@@ -93,17 +91,21 @@ class BufferGuard:
 
     def restore(self) -> None:
         """Put every buffer seen so far back: the same tensor objects with the same contents and version counters."""
+        theirs = self._theirs - self._ours
         for module, slots in self._slots.items():
-            _fill(module, slots)
-        _write([(s.cells, s.contents) for s in self._saved.values()])
-        counted = [(s.buffer, s.version) for s in self._saved.values() if s.version is not None]
+            if module not in theirs:
+                _fill(module, slots)
+        not_ours = {id(b) for module in theirs for b in self._slots.get(module, {}).values()}
+        saved = [s for key, s in self._saved.items() if key not in not_ours]
+        _write([(s.cells, s.contents) for s in saved])
+        counted = [(s.buffer, s.version) for s in saved if s.version is not None]
         if counted:
             tensors, versions = zip(*counted, strict=True)
             torch._C._autograd._unsafe_set_version_counter(tensors, versions)
 
     def moved(self) -> Callable[[], None]:
         """What brings every buffer seen so far to what it is now, for after the block."""
-        slots = {module: _slots_of(module) for module in self._slots}
+        slots = {module: _slots_of(module) for module in self._slots if module not in self._theirs - self._ours}
         buffers = {id(b): b for of_module in slots.values() for b in of_module.values() if b is not None}
         values = [(cells := _cells(b), cells.detach().clone()) for b in buffers.values() if b not in self._theta]
 
@@ -117,11 +119,8 @@ class BufferGuard:
     def _save(self, module: nn.Module) -> None:
         """The buffers of a module, unless that is done. Of one that `reach` has not found they are those at its first
         call (which may not be a functional_call)."""
-        if not module._buffers:
-            return
         if module not in self._slots:
-            self._slots[module] = slots = self._before.get(module) or _slots_of(module)
-            self._save_contents(slots.values())
+            self._slots[module] = _slots_of(module)
         new = [b for b in module._buffers.values() if id(b) not in self._saved]
         if new:
             self._save_contents(new)
@@ -141,10 +140,13 @@ class BufferGuard:
 
     def _before_forward(self, thread: int) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, _: object) -> None:
-            if (
-                module._buffers and threading.get_ident() == thread
-            ):  # the hook is global, but other threads' modules are not ours
+            if not module._buffers:
+                return
+            if threading.get_ident() == thread:
+                self._ours.add(module)
                 self._save(module)
+            else:
+                self._theirs.add(module)
 
         return hook
 
@@ -193,13 +195,6 @@ def _write(values: Sequence[tuple[Tensor, Tensor]]) -> None:
                 pairs[0][0].copy_(pairs[0][1])
             else:
                 torch._foreach_copy_([cells for cells, _ in pairs], [contents for _, contents in pairs])
-
-
-def _models_of(params: set[int], modules: Sequence[nn.Module]) -> Iterable[nn.Module]:
-    """All modules of those models among `modules` (what is part of no other) that have one of `params` (ids)."""
-    parts = {id(child) for m in modules for child in m._modules.values()}
-    models = [m for m in modules if id(m) not in parts and any(id(p) in params for p in m.parameters())]
-    return dict.fromkeys(module for model in models for module in model.modules())
 
 
 def _is_changed(module: nn.Module, name: str, buffer: Tensor, version: int) -> bool:

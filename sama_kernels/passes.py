@@ -59,8 +59,7 @@ def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> M
 def buffer_guard(problem: Problem) -> BufferGuard:
     """The guard of this meta step."""
     first = any(map(detach_watch.is_new, problem.base_losses))
-    params = problem.base_params, problem.meta_params
-    return BufferGuard(problem.reached, *params, compiled=problem.compiled, first=first)
+    return BufferGuard(problem.reached, problem.base_params, compiled=problem.compiled, first=first)
 
 
 class PerturbedPasses:

@@ -63,7 +63,7 @@ class _Penalty:
         at = self._theta if theta is None else theta
         with ExitStack() as stack:
             if theta is not None:
-                stack.enter_context(BufferGuard(self._modules, self._theta, self._lam))
+                stack.enter_context(BufferGuard(self._modules, self._theta))
                 stack.enter_context(substituted(self._places, at))
             value = loss()
             loss_checks.scalar_loss(name, value, "base_params")
