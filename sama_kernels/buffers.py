@@ -175,9 +175,9 @@ def _slots_of(module: nn.Module) -> Slots:
 
 def _fill(module: nn.Module, slots: Slots) -> None:
     now = module._buffers
-    if isinstance(module, torch.jit.ScriptModule):  # has no dict; its code may replace no tensor
+    if not (now or slots) or [*map(id, now.values())] == [*map(id, slots.values())]:
         return
-    if len(now) != len(slots) or any(now.get(name) is not buffer for name, buffer in slots.items()):
+    if not isinstance(module, torch.jit.ScriptModule):  # has no dict; its code may replace no tensor
         now.clear()
         now.update(slots)
 

@@ -18,22 +18,27 @@ class Memory:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._spans: dict[int, list[tuple[int, int]]] | None = None  # most models have no buffers that could be meant
+        self._at: dict[int, list[Tensor]] | None = None  # most models have no buffers that could be meant
 
     def __contains__(self, x: Tensor) -> bool:
         if not x.is_floating_point() or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
             return False
-        if self._spans is None:
-            self._spans = {}
+        if self._at is None:
+            self._at = {}
             for p in map(local, self._tensors):
-                self._spans.setdefault(p.untyped_storage().data_ptr(), []).append(span(p))
-        spans = self._spans.get(x.untyped_storage().data_ptr(), ())
-        start, end = span(x) if spans else (0, 0)
-        return any(start < other_end and other_start < end for other_start, other_end in spans)
+                self._at.setdefault(p.untyped_storage().data_ptr(), []).append(p)
+        tensors = self._at.get(x.untyped_storage().data_ptr())
+        if tensors is None:
+            return False
+        start, end = span(x)
+        return any(start < other_end and other_start < end for other_start, other_end in map(span, tensors))
 
 
 def span(x: Tensor) -> tuple[int, int]:
     """The addresses of the first byte of a strided tensor and of the one behind its last."""
+    if x.is_contiguous():
+        start = x.data_ptr()
+        return start, start + x.nbytes
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + ((last + 1) * x.element_size() if x.numel() else 0)
 
