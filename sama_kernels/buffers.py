@@ -77,7 +77,7 @@ class BufferGuard:
                 (module, name, buffer, buffer._version)
                 for module in _living_modules()
                 if module not in self._slots
-                for name, buffer in module._buffers.items()
+                for name, buffer in _slots_of(module).items()
                 if buffer is not None and not buffer.is_inference()
             ]
         return self
@@ -199,7 +199,7 @@ def _write(values: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 def _is_changed(module: nn.Module, name: str, buffer: Tensor, version: int) -> bool:
     """Whether a buffer was written to, or replaced; torch.compile takes graphs of its own apart, which is no change."""
-    replaced = module._buffers.get(name) is not buffer and not isinstance(module, torch.fx.GraphModule)
+    replaced = _slots_of(module).get(name) is not buffer and not isinstance(module, torch.fx.GraphModule)
     return replaced or buffer._version != version
 
 

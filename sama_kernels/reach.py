@@ -94,9 +94,11 @@ class _Classes:
 
 
 def _is_compiled(item: object) -> bool:
-    """Whether `torch.compile` made this function or module, or `module.compile()` was called."""
+    """Whether `torch.compile` made this function or module, or `module.compile()` was called. What is kept from being
+    compiled (`stop_gradient` is) has such an attribute too."""
     attributes = getattr(item, "__dict__", {})
-    return "_torchdynamo_orig_callable" in attributes or attributes.get("_compiled_call_impl") is not None
+    made = "_torchdynamo_orig_callable" in attributes and not attributes.get("_torchdynamo_disable")
+    return made or attributes.get("_compiled_call_impl") is not None
 
 
 def _slots(kind: type) -> tuple[str, ...]:

@@ -223,6 +223,14 @@ def test_buffers_that_only_a_closure_reaches(compile_it: bool) -> None:
     assert norm.num_batches_tracked == 1
 
 
+def test_scripted_modules_elsewhere_in_the_process_are_compared_too() -> None:
+    """Their buffers are in no dict."""
+    scripted = torch.jit.script(nn.BatchNorm1d(5))
+    norm: Any = nn.BatchNorm1d(5)
+    assert not batchnorm_loop(norm, norm)().degenerate
+    assert scripted.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize("compile_it", [False, True])
 def test_a_module_that_cannot_be_found_is_an_error(compile_it: bool) -> None:
     norm: Any = nn.BatchNorm1d(5)

@@ -263,3 +263,30 @@ def test_weak_proxies() -> None:
     del gone
     assert set(reachable([lambda: proxies]).modules) == {model, holder.model}
     assert set(reachable([proxies[0]]).modules) == {model}
+
+
+def test_what_is_kept_from_being_compiled_is_not_compiled_code() -> None:
+    """`from sama_kernels import stop_gradient` in a program is no reason to do without the hooks on its modules."""
+    from sama_kernels import recorded, stop_gradient
+
+    model = nn.Linear(2, 1)
+
+    @torch.compiler.disable
+    def mean(x: Tensor) -> Tensor:
+        return x.mean()
+
+    def loss() -> Tensor:
+        losses = model(torch.ones(3, 2)).square()
+        return mean(stop_gradient(losses) * losses)
+
+    loss()  # the first call of each sets its attributes
+    for closure in (loss, recorded(loss)):
+        found = reachable([closure])
+        assert model in found.modules and not found.compiled
+    compiled = torch.compile(model, backend="eager")
+
+    @torch.compiler.disable
+    def through() -> Tensor:
+        return compiled(torch.ones(3, 2)).mean()
+
+    assert reachable([through]).compiled

@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import sama_kernels as sk
 from sama_kernels.algorithms import Iterative
 
+# torch 2.11 saves a region's inputs by an autograd.Function without forward mode: an error that names it.
+FORWARD_MODE = not hasattr(torch.utils.checkpoint, "_NoopSaveInputs")
+
 
 def again(function: Callable[..., Tensor], *args: Any) -> Tensor:
     result: Tensor = checkpoint(function, *args, use_reentrant=False)
@@ -62,6 +65,8 @@ def meta_gradient(problem: Bilevel, recorded: bool, microbatches: int = 1, **opt
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_held_value_inside_a_checkpointed_region(difference: str, recorded: bool, microbatches: int) -> None:
+    if difference == "exact" and not FORWARD_MODE:
+        pytest.skip("checkpointing without forward mode")
     plain, checkpointed = (
         meta_gradient(weighted(1, region), recorded, microbatches, difference=difference) for region in (plainly, again)
     )
@@ -73,8 +78,9 @@ def test_several_held_values_inside_are_an_error(recorded: bool) -> None:
     problem = weighted(2, again, calls=2)
     with pytest.raises(RuntimeError, match=r"calls it 2 times.*outside torch\.utils\.checkpoint"):
         meta_gradient(problem, recorded)
-    plain = meta_gradient(weighted(2, plainly, calls=2), recorded, difference="exact")
-    assert relative_error(meta_gradient(weighted(2, again, calls=2), recorded, difference="exact"), plain) < 1e-12
+    if FORWARD_MODE:
+        plain = meta_gradient(weighted(2, plainly, calls=2), recorded, difference="exact")
+        assert relative_error(meta_gradient(weighted(2, again, calls=2), recorded, difference="exact"), plain) < 1e-12
 
 
 def test_several_held_values_outside_are_told_apart() -> None:
