@@ -30,6 +30,7 @@ class Perturbation:
         self._fsdp = fsdp
         self._versions = tuple(p._version for p in self.params)
         self._moved = False
+        self._has_moved = False
         self._kept = False
 
     def __enter__(self) -> Perturbation:
@@ -41,9 +42,9 @@ class Perturbation:
     ) -> None:
         if self._moved:
             self.toggle()
-            if not self._kept:
-                # The same bits as before: a graph of the caller's that saved theta may still be used.
-                torch._C._autograd._unsafe_set_version_counter(tuple(self.params), self._versions)
+        if self._has_moved and not self._kept:
+            # The same bits as before: a graph of the caller's that saved theta may still be used.
+            torch._C._autograd._unsafe_set_version_counter(tuple(self.params), self._versions)
         sharded.reshard(self._fsdp)
         sharded.forget_forward_passes(self._fsdp)
 
@@ -55,7 +56,7 @@ class Perturbation:
         """
         measure = any(p.element_size() == 2 for p in self.params)
         steps = []
-        self._moved = True
+        self._moved = self._has_moved = True
         for (groups, rows), number in zip(self._parts.items(), self._numbers, strict=True):
             step = ops.perturb(
                 [self.params[i] for i in rows], [self.v[i] for i in rows], epsilon, ops.PLUS,

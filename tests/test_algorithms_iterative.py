@@ -300,3 +300,43 @@ def test_what_adam_in_closed_form_leaves_to_torch() -> None:
         torch.optim.NAdam(p), type("Mine", (torch.optim.Adam,), {})(p),
     ):  # fmt: skip
         assert not adam_step.fits(optimizer, [{}])
+
+
+class Centred(nn.Module):
+    """Its outputs depend on a running mean, which every call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 8, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x)
+        with torch.no_grad():
+            self.mean.mul_(0.5).add_(0.5 * h.mean(0))
+        return h - self.mean.clone()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_step_that_is_made_again_sees_its_own_buffers(steps: int) -> None:
+    torch.manual_seed(13)
+    net = nn.Sequential(Centred(), nn.Tanh(), nn.Linear(8, 1, dtype=torch.float64))
+    lam = torch.zeros(6, 1, dtype=torch.float64, requires_grad=True)
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+
+    def base_loss() -> Tensor:
+        return (lam.sigmoid() * (net(x) - y).square()).mean()
+
+    base_loss().backward()
+    optimizer.step()
+    mean = net[0].mean.clone()
+    found = [
+        sk.meta_grad(
+            base_loss, lambda: (net(x) - 1).square().mean(), base_params=net, meta_params=[lam], optimizer=optimizer,
+            algorithm=Iterative(steps=steps, checkpoint=checkpoint),
+        ).grads[0]
+        for checkpoint in (False, True)
+    ]  # fmt: skip
+    assert found[0].norm() > 0 and relative_error(found[1], found[0]) < 1e-12
+    assert torch.equal(net[0].mean, mean)

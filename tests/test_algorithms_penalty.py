@@ -109,3 +109,29 @@ def test_bad_options() -> None:
     with pytest.raises(ValueError, match="found in no module"):
         x = torch.ones(2, requires_grad=True)
         F2SA([x], [q.lam], lr=0.1, inner_lr=0.1).step(lambda: x.sum() * q.lam.sum(), lambda: x.sum())
+
+
+@pytest.mark.parametrize("method", [F2SA, BOME])
+def test_every_step_draws_masks_of_its_own(method: Any) -> None:
+    """The same in all passes of a step; after an error the generator is where it was."""
+    torch.manual_seed(14)
+    net, dropout = torch.nn.Linear(6, 1), torch.nn.Dropout(0.5)
+    lam, x, drawn = torch.zeros(20, 1, requires_grad=True), torch.ones(20, 6), []
+
+    def base_loss() -> Tensor:
+        dropped = dropout(x)
+        drawn.append(tuple(dropped.flatten().tolist()))
+        return (lam.sigmoid() * net(dropped).square()).mean()
+
+    solver = method(net, [lam], lr=1e-3, inner_lr=1e-2)
+    masks = []
+    for _ in range(4):
+        drawn.clear()
+        solver.step(base_loss, lambda: (net(x) - 1).square().mean())
+        assert len(set(drawn)) == 1
+        masks.append(drawn[0])
+    assert len(set(masks)) == 4
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="meta_loss"):
+        solver.step(base_loss, lambda: net(x))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -313,3 +313,25 @@ def test_held_values_of_a_loss_with_gradients_of_its_inputs(difference: str) -> 
         )  # fmt: skip
         found.append(flat(out.grads))
     assert found[0].norm() > 0 and relative_error(found[0], found[1]) < 1e-12
+
+
+def test_a_graph_that_saved_theta_can_be_used_after_an_error_at_the_centre() -> None:
+    problem = weight_net(15, recorded=False)
+    failing = []
+
+    def base_loss() -> Tensor:
+        loss = problem.base_loss()
+        if failing:
+            raise KeyError("on purpose")
+        return loss
+
+    before = problem.meta_loss()
+    versions = [p._version for p in problem.theta]
+    failing.append(True)
+    with pytest.raises(KeyError):
+        sk.meta_grad(
+            base_loss, problem.meta_loss, base_params=problem.net, meta_params=problem.weigher, optimizer=None,
+            adaptation="none",
+        )  # fmt: skip
+    assert [p._version for p in problem.theta] == versions
+    before.backward()

@@ -135,6 +135,8 @@ class F2SA(_Penalty):
             z = self._descend(base_loss, self.z, self._inner_lr, self._inner_steps)
             outer = self._gradients("meta_loss", meta_loss)
             here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)
+            after = RngState()
+        after.restore()  # as a pass leaves them: the next step draws other dropout masks
         self._move(
             [f + m * g for f, g in zip(outer.theta, here.theta, strict=True)],
             [f + m * (g - h) for f, g, h in zip(outer.lam, here.lam, there.lam, strict=True)],
@@ -187,6 +189,8 @@ class BOME(_Penalty):
             z = self._descend(base_loss, self._theta, self._inner_lr, self._inner_steps)
             outer = self._gradients("meta_loss", meta_loss)
             here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)
+            after = RngState()
+        after.restore()  # as a pass leaves them: the next step draws other dropout masks
         q_lam = [g - h for g, h in zip(here.lam, there.lam, strict=True)]
         f, q = [*outer.theta, *outer.lam], [*here.theta, *q_lam]
         square = dot(q, q)

@@ -110,11 +110,11 @@ class Unroll:
     def _checkpointed(self) -> Unrolled:
         """Forward without graphs, keeping what each step began with; then each step again, from the last, with one."""
         problem, lam = self._problem, self._problem.meta_params
-        kept: list[tuple[list[Tensor], State, RngState]] = []
+        kept: list[tuple[list[Tensor], State, RngState, Callable[[], None]]] = []
         theta, state = [p.detach() for p in problem.base_params], self._state()
         losses = []
         for step in range(self._options.steps):
-            kept.append((theta, state, RngState()))
+            kept.append((theta, state, RngState(), self._buffers.moved()))
             with torch.enable_grad():
                 theta, state, loss = self._step(step, _leaves(theta), state)
             theta, state = [x.detach() for x in theta], [_detached(s) for s in state]
@@ -128,8 +128,9 @@ class Unroll:
         sums: list[Tensor | None] = list(found[len(theta) :])
         state_adjoint: list[Tensor | None] = [None] * len(_floats(state))
         for step in reversed(range(self._options.steps)):
-            theta, state, rng = kept.pop()
+            theta, state, rng, bring_buffers = kept.pop()
             rng.restore()
+            bring_buffers()
             with torch.enable_grad(), self._interrupts.allowed():
                 theta, state = _leaves(theta), [_with_leaves(s) for s in state]
                 carried = _floats(state)
