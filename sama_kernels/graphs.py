@@ -15,9 +15,8 @@ def nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
 
 def nodes_from(starts: Iterable[Any]) -> Iterator[Any]:
     """Those nodes, and all that a backward pass may reach from them, each once."""
-    waiting = list(starts)
+    waiting = list(dict.fromkeys(starts))
     seen = set(waiting)
-    waiting = list(seen)
     while waiting:
         node = waiting.pop()
         yield node

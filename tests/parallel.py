@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from problems import OPTIMIZERS
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import sama_kernels as sk
 
@@ -100,6 +101,17 @@ class Divided:
             optimizer=optimizer,
             **{"alpha": 0.1, **options},
         )
+
+
+def sharded_after_a_step(rank: int, world: int) -> tuple[Divided, torch.optim.Optimizer]:
+    """theta and lambda by FSDP."""
+    problem = Divided(rank, world)
+    fully_shard(problem.net)
+    fully_shard(problem.weigher)
+    optimizer = problem.optimizer(2)
+    problem.base_loss().backward()
+    optimizer.step()
+    return problem, optimizer
 
 
 def bits_of(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel import Divided
+from parallel import Divided, sharded_after_a_step
 from problems import flat, relative_error
 from ranks import run_ranks
 from test_fsdp import whole
@@ -69,12 +69,7 @@ def test_modules_that_a_forward_pass_left_gathered() -> None:
 
 def _gathered_parameters(rank: int, world: int) -> tuple[str, str]:
     """Parameters that were listed while they were gathered are refused by name."""
-    problem = Divided(rank, world)
-    fully_shard(problem.net)
-    fully_shard(problem.weigher)
-    optimizer = problem.optimizer(2)
-    problem.base_loss().backward()
-    optimizer.step()
+    problem, optimizer = sharded_after_a_step(rank, world)
     messages = []
     for gathered, name in ((problem.net, "base_params"), (problem.weigher, "meta_params")):
         gathered.unshard()

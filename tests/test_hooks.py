@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from parallel import sharded_after_a_step
 from problems import Bilevel, after_steps, flat, relative_error, same_bits, weight_net
 from ranks import run_ranks
 from torch import Tensor
@@ -170,15 +171,7 @@ def test_hooks_on_lambda_act_once_in_the_penalty_methods(method: Any) -> None:
 
 def _steps_in_hooks(rank: int, world: int) -> tuple[int, int, bool]:
     """FSDP runs hooks that follow the accumulation of a gradient, such as an optimizer's step, itself."""
-    from parallel import Divided
-    from torch.distributed.fsdp import fully_shard
-
-    problem = Divided(rank, world)
-    fully_shard(problem.net)
-    fully_shard(problem.weigher)
-    optimizer = problem.optimizer(2)
-    problem.base_loss().backward()
-    optimizer.step()
+    problem, optimizer = sharded_after_a_step(rank, world)
     fired: list[Tensor] = []
     params = [*problem.net.parameters(), *problem.weigher.parameters()]
     for p in params:

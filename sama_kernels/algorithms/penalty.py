@@ -44,6 +44,8 @@ class PenaltyStep:
 
 class _Penalty:
     _rng: RngState
+    _inner_lr: float
+    _inner_steps: int
 
     def __init__(self, base_params: Params, meta_params: Params) -> None:
         self._theta = checks.tensors("base_params", base_params, skip_frozen=True)
@@ -72,12 +74,26 @@ class _Penalty:
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip((*at, *self._lam), found, strict=True)]
         return _Gradients(value.detach(), grads[: len(at)], grads[len(at) :])
 
-    def _descend(self, base_loss: Closure, z: Sequence[Tensor], lr: float, steps: int) -> list[Tensor]:
+    def _passes(
+        self, base_loss: Closure, meta_loss: Closure, start: Sequence[Tensor]
+    ) -> tuple[list[Tensor], _Gradients, _Gradients, _Gradients]:
+        """z, the end of the inner steps from `start`; the meta loss at theta; the base loss at theta and at z. The
+        generators are left as one pass leaves them, so that the next step draws other dropout masks; after an error as
+        they were."""
+        with RngState() as self._rng:
+            z = self._descend(base_loss, start)
+            outer = self._gradients("meta_loss", meta_loss)
+            here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)
+            after = RngState()
+        after.restore()
+        return z, outer, here, there
+
+    def _descend(self, base_loss: Closure, z: Sequence[Tensor]) -> list[Tensor]:
         """Gradient steps on the base loss, from z."""
         z = [x.detach() for x in z]
-        for _ in range(steps):
+        for _ in range(self._inner_steps):
             grads = self._gradients("base_loss", base_loss, [x.requires_grad_() for x in z]).theta
-            z = [x.detach() - lr * g for x, g in zip(z, grads, strict=True)]
+            z = [x.detach() - self._inner_lr * g for x, g in zip(z, grads, strict=True)]
         return [x.requires_grad_() for x in z]
 
     def _move(self, theta_direction: Sequence[Tensor], lam_gradient: Sequence[Tensor], lr: float) -> None:
@@ -131,12 +147,7 @@ class F2SA(_Penalty):
         """Moves theta and z, and adds to the `.grad` of lambda."""
         self._look(base_loss, meta_loss)
         m = self.multiplier
-        with RngState() as self._rng:
-            z = self._descend(base_loss, self.z, self._inner_lr, self._inner_steps)
-            outer = self._gradients("meta_loss", meta_loss)
-            here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)
-            after = RngState()
-        after.restore()  # as a pass leaves them: the next step draws other dropout masks
+        z, outer, here, there = self._passes(base_loss, meta_loss, self.z)
         self._move(
             [f + m * g for f, g in zip(outer.theta, here.theta, strict=True)],
             [f + m * (g - h) for f, g, h in zip(outer.lam, here.lam, there.lam, strict=True)],
@@ -185,12 +196,7 @@ class BOME(_Penalty):
     def step(self, base_loss: Closure, meta_loss: Closure) -> PenaltyStep:
         """Moves theta, and adds to the `.grad` of lambda. Nothing is kept from one step to the next."""
         self._look(base_loss, meta_loss)
-        with RngState() as self._rng:
-            z = self._descend(base_loss, self._theta, self._inner_lr, self._inner_steps)
-            outer = self._gradients("meta_loss", meta_loss)
-            here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)
-            after = RngState()
-        after.restore()  # as a pass leaves them: the next step draws other dropout masks
+        _, outer, here, there = self._passes(base_loss, meta_loss, self._theta)
         q_lam = [g - h for g, h in zip(here.lam, there.lam, strict=True)]
         f, q = [*outer.theta, *outer.lam], [*here.theta, *q_lam]
         square = dot(q, q)
