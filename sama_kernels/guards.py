@@ -6,13 +6,15 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sama_kernels import generators
 
 
 class Interrupts:
@@ -63,21 +65,32 @@ class Interrupts:
 
 class RngState:
     """The state of every generator a loss may draw from: torch's (of the CPU and of all GPUs: frozen layers may be on
-    another one than theta), Python's, NumPy's. `with RngState() as rng:` leaves them as it found them.
+    another one than theta), Python's, NumPy's, and generator objects of the caller's own.
+
+    `with RngState(own) as rng:` leaves the first three as it found them. Generators of the caller's own go on from
+    meta step to meta step, or a meta loss that draws its batch with one would get the same batch for ever: they are
+    left where `follow` found them, and where they were after an error.
+
+    Arguments:
+        own: generator objects (`generators.is_generator`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: Iterable[object] = ()) -> None:
+        self.own = tuple(own)
         self._cpu = torch.get_rng_state()
         initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = [torch.cuda.get_rng_state(d) for d in range(torch.cuda.device_count() if initialized else 0)]
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._own = self._own_at_first = [generators.way_back(g) for g in self.own]
 
     def __enter__(self) -> RngState:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._own = self._own_at_first
         self.restore()
 
     def restore(self) -> None:
@@ -88,6 +101,16 @@ class RngState:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+        for bring in self._own:
+            bring()
+
+    def follow(self) -> None:
+        """Take the caller's own generators as they are now for their state."""
+        self._own = [generators.way_back(g) for g in self.own]
+
+    def now(self) -> RngState:
+        """What the same generators are at now."""
+        return RngState(self.own)
 
 
 @contextmanager
@@ -100,3 +123,38 @@ def frozen(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p in params:
             p.requires_grad_(True)
+
+
+class _FastAttention:
+    """How many passes, in all threads, want torch's fast path of attention off; the first switches, the last back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._passes = 0
+        self._was = True
+
+    def hold_off(self) -> None:
+        with self._lock:
+            if self._passes == 0:
+                self._was = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._passes += 1
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._passes -= 1
+            if self._passes == 0:
+                torch.backends.mha.set_fastpath_enabled(self._was)
+
+
+_fast_attention = _FastAttention()
+
+
+@contextmanager
+def no_fast_attention() -> Iterator[None]:
+    """Without gradients torch's attention would take another path, whose outputs at padded positions are zeros."""
+    _fast_attention.hold_off()
+    try:
+        yield
+    finally:
+        _fast_attention.let_go()

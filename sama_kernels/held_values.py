@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType
 
@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sama_kernels.guards import RngState
+from sama_kernels.reach import reachable
 from sama_kernels.types import Closure
 
 
@@ -106,9 +107,13 @@ class _Session(threading.local):
 
 
 _session = _Session()
-_in_backward: list[Callable[[Tensor], Tensor]] = []  # for all threads: on a GPU backward has one of its own
+# By the thread whose pass it is. On a GPU backward has a thread of its own, which takes the last.
+_in_backward: list[tuple[int, Callable[[Tensor], Tensor]]] = []
 _asks = WeakIdKeyDictionary()
 _held = WeakIdKeyDictionary()
+_draws_by_itself = (
+    WeakIdKeyDictionary()
+)  # code -> whether it reached generators of the caller's own when last looked at
 
 
 @_never_compiled
@@ -128,7 +133,8 @@ def stop_gradient(x: Tensor) -> Tensor:
     """
     handler = _session.handler
     if handler is None and _in_backward and torch._C._current_graph_task_id() != -1:  # this thread runs backward
-        handler = _in_backward[-1]
+        own = [answer for thread, answer in _in_backward if thread == threading.get_ident()]
+        handler = own[-1] if own else _in_backward[-1][1]
     return x.detach() if handler is None else handler(x)
 
 
@@ -166,7 +172,7 @@ class Recording:
         if _session.handler is not None:  # inside a pass or another recording, which has its own tape
             return self._closure()
         self.tape = None
-        tape = Tape(RngState())
+        tape = Tape(RngState(_generators(self._closure)))
         with handling(tape.record):
             loss = self._closure()
         if not tape.is_empty():
@@ -175,11 +181,33 @@ class Recording:
         return loss
 
 
-def tape_of(closure: Closure) -> Tape | None:
-    """The tape of the last ordinary call of a `@recorded` closure, if it can still be used."""
+def tape_of(closure: Closure, generators: Sequence[object] = ()) -> Tape | None:
+    """The tape of the last ordinary call of a `@recorded` closure, if it can still be used.
+
+    `generators`: all that the closures of the meta step reach. If this one reaches some of which the tape does not know
+    where they began, it cannot.
+    """
     recording = getattr(closure, "recording", None)
     tape = recording.tape if isinstance(recording, Recording) else None
-    return tape if tape is not None and tape.intact() else None
+    if tape is None or not tape.intact():
+        return None
+    if generators and tape.rng is not None:
+        known = {*map(id, tape.rng.own)}
+        if any(id(g) not in known for g in _generators(closure, look=True)):
+            return None
+    return tape
+
+
+def _generators(closure: Closure, look: bool = False) -> tuple[object, ...]:
+    """The generators of the caller's own that a closure reaches. Code that had none is not searched (0.02 to 3 ms)
+    again, unless told to `look`: a meta step, which searches anyway, does where it finds any."""
+    code = code_of(closure)
+    if not look and code is not None and code in _draws_by_itself and not _draws_by_itself[code]:
+        return ()
+    found = tuple(reachable((closure,)).generators)
+    if code is not None:
+        _draws_by_itself[code] = bool(found)
+    return found
 
 
 @contextmanager
@@ -195,11 +223,12 @@ def handling(handler: Callable[[Tensor], Tensor]) -> Iterator[None]:
 @contextmanager
 def recomputing(handler: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let `handler` answer `stop_gradient` where a backward pass, on any thread, computes activations again."""
-    _in_backward.append(handler)
+    entry = (threading.get_ident(), handler)
+    _in_backward.append(entry)
     try:
         yield
     finally:
-        _in_backward.pop()
+        _in_backward.remove(entry)
 
 
 def is_held(value: Tensor) -> bool:

@@ -78,18 +78,3 @@ def no_renormalisation(modules: Iterable[nn.Module], base_params: Sequence[Tenso
                 " forward, also at theta+-, and theta could not be brought back; build it without max_norm and"
                 " renormalise the rows after optimizer.step(), under torch.no_grad()"
             )
-
-
-@contextmanager
-def unwritten(name: str, base_params: Sequence[Tensor]) -> Iterator[None]:
-    """Raise after the closure `name` has run in this block if it wrote theta, which could not be brought back then."""
-    before = [p._version for p in base_params]
-    yield
-    written = [i for i, p in enumerate(base_params) if p._version != before[i]]
-    if written:
-        i = written[0]
-        raise RuntimeError(
-            f"{name}: it writes base parameters in place ({len(written)}; the first is tensor {i}, shape"
-            f" {tuple(base_params[i].shape)}), as nn.Embedding(max_norm=...) does in forward; a meta step cannot give"
-            " back what was written: do it after optimizer.step() instead, under torch.no_grad()"
-        )

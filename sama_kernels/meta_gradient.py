@@ -126,7 +126,8 @@ def meta_grad(
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError: naming the argument and the cure.
     Afterwards, also after an error or Ctrl-C, parameters (unless update_base), `.grad`, buffers and the states of the
-    random number generators are what they were, bit for bit. Extra memory: one buffer of theta's size.
+    random number generators are what they were, bit for bit; generator objects of the caller's own have moved by what
+    meta_loss drew (not after an error). Extra memory: one buffer of theta's size.
     """
     grad_scaler, optimizer = scaler_of(optimizer, grad_scaler), unwrapped(optimizer)
     chosen = resolve(algorithm)
@@ -178,6 +179,7 @@ def meta_grad(
         master_params=masters,
         synchronisation=synchronisation,
         reached=tuple(reach.modules),
+        generators=tuple(reach.generators),
         fsdp=fsdp,
         owned=sharded.managed(fsdp),
     )
@@ -236,7 +238,7 @@ def _sama(problem: Problem) -> MetaGradient:
     with (
         Interrupts() as interrupts,
         torch.no_grad(),
-        RngState() as rng,
+        RngState(problem.generators) as rng,
         buffer_guard(problem) as buffers,
         ranks_of(problem) as ranks,
         quiet(problem.reached),
@@ -245,6 +247,7 @@ def _sama(problem: Problem) -> MetaGradient:
         ranks.adapt = adaptation_of(problem)
         # 1. The direct gradient d.
         meta = direct_gradient(problem, ranks, interrupts)
+        rng.follow()
         # 2. v = D d, in the memory of d.
         v, norm_sqs = ranks.adapted(meta.d)
         # 3. epsilon = alpha / ||v||, on the device.

@@ -13,10 +13,11 @@ from sama_kernels import detach_watch, loss_checks, mask_draws
 from sama_kernels import held_values as holding
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.distributed import Alone, sharded
-from sama_kernels.guards import Interrupts, RngState
+from sama_kernels.guards import Interrupts, RngState, no_fast_attention
 from sama_kernels.ownership import own
 from sama_kernels.perturbation import Perturbation
 from sama_kernels.types import Closure, Problem
+from sama_kernels.written import parameters_besides, unwritten
 
 
 @dataclass
@@ -38,8 +39,7 @@ def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> M
     """Pass 1; `.grad` is not touched."""
     n = len(problem.base_params)
     drawing = mask_draws.fast(problem.meta_loss, problem.base_params[0].device)
-    written = loss_checks.unwritten("meta_loss", problem.base_params)
-    with torch.enable_grad(), drawing, written, interrupts.allowed():
+    with torch.enable_grad(), drawing, unwritten("meta_loss", problem.base_params), interrupts.allowed():
         loss = problem.meta_loss()
     with torch.enable_grad(), interrupts.allowed():
         loss_checks.scalar_loss("meta_loss", loss, "base_params")
@@ -82,13 +82,14 @@ class PerturbedPasses:
         self._compiled = problem.compiled
         self._base_params = problem.base_params
         self._meta_params = problem.meta_params
+        self._others = parameters_besides(problem.reached, problem.base_params, problem.meta_params)
         self._buffers = buffers
         self._rng = rng
         self._interrupts = interrupts
         self._averaged = frozenset(i for i, p in enumerate(problem.meta_params) if id(p) in problem.owned)
         self._tapes: list[holding.Tape] | None = None
         if problem.hold == "auto":
-            tapes = [holding.tape_of(loss) for loss in self._losses]
+            tapes = [holding.tape_of(loss, problem.generators) for loss in self._losses]
             self._tapes = [t for t in tapes if t is not None] if None not in tapes else None
 
     def at_plus(self, theta: Perturbation) -> tuple[Tensor, list[Tensor | None]]:
@@ -164,7 +165,7 @@ class PerturbedPasses:
         """One microbatch: the loss and, within `backward`, its gradient with respect to lambda (`differentiate`)."""
         closure = self._losses[i]
         watch = self.watch(closure)
-        with holding.recomputing(self.recomputed(i) if record is None else torch.detach), _no_fast_attention():
+        with holding.recomputing(self.recomputed(i) if record is None else torch.detach), no_fast_attention():
             loss = self._loss(i, watch or nullcontext(), record)
             loss_checks.scalar_loss("base_loss", loss, "meta_params")
             if watch is not None:
@@ -220,22 +221,11 @@ class PerturbedPasses:
 
     @contextmanager
     def _as_trained(self, loss: Closure) -> Iterator[None]:
-        """Dropout masks are drawn fast, attention is that of training, and a loss that writes theta is an error."""
+        """Dropout masks drawn fast, attention as in training, and an error from a loss that writes parameters."""
         masks = mask_draws.fast(loss, self._base_params[0].device)
-        with masks, _no_fast_attention(), loss_checks.unwritten("base_loss", self._base_params):
+        with masks, no_fast_attention(), unwritten("base_loss", self._base_params, self._others):
             yield
 
     def _rewind_randomness(self) -> None:
         self._rng.restore()
         self._buffers.restore()
-
-
-@contextmanager
-def _no_fast_attention() -> Iterator[None]:
-    """Without gradients torch's attention would take another path, whose outputs at padded positions are zeros."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,4 +1,4 @@
-"""What the closures of a meta step can reach: the modules whose buffers they may change, and compiled code.
+"""What the closures of a meta step can reach: the modules whose buffers they may change, compiled code, generators.
 
 Found by looking, without running anything: the variables that a function closes over, the globals that its code names,
 `self`, the arguments of partials, containers, the attributes of objects.
@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sama_kernels.generators import is_generator
+
 # A closure over a data set of millions must not slow the meta step down.
 _LIMIT = 20_000  # objects looked at
 _LONG = 1_000  # elements of one container looked at
@@ -34,13 +36,14 @@ _CLOSED = {"torch", "numpy", "sama_kernels", "builtins", *sys.stdlib_module_name
 
 @dataclass
 class Reach:
-    """The modules that were found, submodules included, and whether any of it goes through torch.compile.
+    """The modules that were found, submodules included, whether any of it goes through torch.compile, and generators.
 
-    Neither is complete: code may look things up by names made at run time. `buffers.BufferGuard` has a second line.
+    None of it is complete: code may look things up by names made at run time. `buffers.BufferGuard` has a second line.
     """
 
     modules: dict[nn.Module, None] = field(default_factory=dict)
     compiled: bool = False
+    generators: list[object] = field(default_factory=list)
 
 
 def reachable(roots: Iterable[object]) -> Reach:
@@ -59,6 +62,8 @@ def reachable(roots: Iterable[object]) -> Reach:
             found.modules.update(dict.fromkeys(inside))
             queue.extend(inside)
         found.compiled = found.compiled or _is_compiled(item)
+        if classes.draw(type(item)):
+            found.generators.append(item)
         around = map(_itself, _neighbours(item, classes))
         queue.extend(x for x in around if type(x) not in _LEAF_TYPES and not isinstance(x, _LEAVES))
     found.compiled = found.compiled or any(map(_is_compiled, found.modules))
@@ -81,6 +86,14 @@ class _Classes:
     def __init__(self, searched: set[str]) -> None:
         self.searched = searched
         self._known: dict[type, tuple[bool, tuple[str, ...], list[type]]] = {}
+        self._draw: dict[type, bool] = {}
+
+    def draw(self, kind: type) -> bool:
+        """Whether objects of this class are random number generators."""
+        known = self._draw.get(kind)
+        if known is None:
+            known = self._draw[kind] = is_generator(kind)
+        return known
 
     def of(self, item: object) -> tuple[bool, tuple[str, ...], list[type]]:
         """Whether the object's attributes are searched, its slots, and the classes whose functions are."""

@@ -140,6 +140,8 @@ class Problem:
     """None: this process is alone."""
     reached: tuple[torch.nn.Module, ...] = ()
     """All modules that were found, those that only the closures know too."""
+    generators: tuple[object, ...] = ()
+    """Random number generators of the caller's own that the closures reach."""
     fsdp: tuple[Any, ...] = ()
     """Those of them that `fully_shard` was called on."""
     owned: dict[int, Tensor] = field(default_factory=dict)

@@ -60,12 +60,14 @@ LAYERS = [
     [
         "sama_kernels.checks",
         "sama_kernels.loss_checks",
+        "sama_kernels.written",
         "sama_kernels.buffers",
         "sama_kernels.guards",
         "sama_kernels.ownership",
         "sama_kernels.reach",
         "sama_kernels.ladder",
     ],
+    ["sama_kernels.generators"],
     ["sama_kernels.shared_memory"],
     ["sama_kernels.distributed.sharded"],
     [

@@ -43,7 +43,6 @@ class PenaltyStep:
 
 
 class _Penalty:
-    _rng: RngState
     _inner_lr: float
     _inner_steps: int
 
@@ -56,12 +55,12 @@ class _Penalty:
         self._roots = (base_params, meta_params)
 
     def _look(self, base_loss: Closure, meta_loss: Closure) -> None:
-        found = tuple(reachable((base_loss, meta_loss, *self._roots)).modules)
-        self._modules, self._places = found, places(found, self._theta)
+        reach = reachable((base_loss, meta_loss, *self._roots))
+        self._modules, self._generators = tuple(reach.modules), tuple(reach.generators)
+        self._places = places(self._modules, self._theta)
 
     def _gradients(self, name: str, loss: Closure, theta: Sequence[Tensor] | None = None) -> _Gradients:
         """Of a loss in theta and lambda, at theta or at other values, of which buffers then know nothing."""
-        self._rng.restore()  # the same dropout masks everywhere
         at = self._theta if theta is None else theta
         with ExitStack() as stack:
             if theta is not None:
@@ -77,21 +76,25 @@ class _Penalty:
     def _passes(
         self, base_loss: Closure, meta_loss: Closure, start: Sequence[Tensor]
     ) -> tuple[list[Tensor], _Gradients, _Gradients, _Gradients]:
-        """z, the end of the inner steps from `start`; the meta loss at theta; the base loss at theta and at z. The
-        generators are left as one pass leaves them, so that the next step draws other dropout masks; after an error as
-        they were."""
-        with RngState() as self._rng:
-            z = self._descend(base_loss, start)
+        """z, the end of the inner steps from `start`; the meta loss at theta; the base loss at theta and at z. All
+        passes of the base loss draw the same dropout masks; the generators are left as one of them and the meta loss
+        leave them, so that the next step draws others; after an error as they were."""
+        with RngState(self._generators) as rng:
+            z = self._descend(base_loss, start, rng)
+            rng.restore()
+            here = self._gradients("base_loss", base_loss)
+            rng.restore()
+            there = self._gradients("base_loss", base_loss, z)
             outer = self._gradients("meta_loss", meta_loss)
-            here, there = self._gradients("base_loss", base_loss), self._gradients("base_loss", base_loss, z)
-            after = RngState()
+            after = rng.now()
         after.restore()
         return z, outer, here, there
 
-    def _descend(self, base_loss: Closure, z: Sequence[Tensor]) -> list[Tensor]:
+    def _descend(self, base_loss: Closure, z: Sequence[Tensor], rng: RngState) -> list[Tensor]:
         """Gradient steps on the base loss, from z."""
         z = [x.detach() for x in z]
         for _ in range(self._inner_steps):
+            rng.restore()
             grads = self._gradients("base_loss", base_loss, [x.requires_grad_() for x in z]).theta
             z = [x.detach() - self._inner_lr * g for x, g in zip(z, grads, strict=True)]
         return [x.requires_grad_() for x in z]

@@ -34,7 +34,7 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
     _check(problem, algorithm)
     with Interrupts() as interrupts, torch.no_grad():
         with (
-            RngState() as rng,
+            RngState(problem.generators) as rng,
             buffer_guard(problem) as buffers,
             ranks_of(problem) as ranks,
             quiet(problem.reached),
@@ -74,6 +74,7 @@ def _implicit(
         for p, x in zip(problem.base_params, own(meta.d, problem.base_params, set()), strict=True)
     ]
     meta.d.clear()
+    rng.follow()
     rng.restore()
     buffers.restore()
     g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, interrupts)

@@ -50,7 +50,7 @@ class Unroll:
     def __init__(
         self, problem: Problem, options: Iterative, rng: RngState, buffers: BufferGuard, interrupts: Interrupts
     ) -> None:
-        self._buffers = buffers
+        self._buffers, self._rng = buffers, rng
         self._end: End | None = None
         self._problem, self._options, self._interrupts = problem, options, interrupts
         assert problem.optimizer is not None  # checks.held_by
@@ -102,6 +102,7 @@ class Unroll:
                 base_loss = loss if base_loss is None else base_loss
             self._note_end(theta, state)
             meta_loss = self._at("meta_loss", theta, [problem.meta_loss])
+            self._rng.follow()
             with nowhere(self._places, len(theta)), self._interrupts.allowed():
                 grads = torch.autograd.grad(meta_loss, problem.meta_params, allow_unused=True)
         assert base_loss is not None
@@ -114,7 +115,7 @@ class Unroll:
         theta, state = [p.detach() for p in problem.base_params], self._state()
         losses = []
         for step in range(self._options.steps):
-            kept.append((theta, state, RngState(), self._buffers.moved()))
+            kept.append((theta, state, self._rng.now(), self._buffers.moved()))
             with torch.enable_grad():
                 theta, state, loss = self._step(step, _leaves(theta), state)
             theta, state = [x.detach() for x in theta], [_detached(s) for s in state]
@@ -123,6 +124,7 @@ class Unroll:
         theta = _leaves(theta)
         with torch.enable_grad(), substituted(self._places, theta), self._interrupts.allowed():
             meta_loss = self._at("meta_loss", theta, [problem.meta_loss])
+            self._rng.follow()
             found = torch.autograd.grad(meta_loss, [*theta, *lam], allow_unused=True)
         adjoint: list[Tensor | None] = list(found[: len(theta)])
         sums: list[Tensor | None] = list(found[len(theta) :])
