@@ -1,4 +1,5 @@
-"""Notices a plain `.detach()` of a theta-dependent value inside `base_loss`, the largest error one can make here."""
+"""Notices what a base loss does that its gradient does not see but the perturbed passes do: a plain `.detach()` of a
+theta-dependent value, the largest error one can make here, and terms that hang on theta's `requires_grad`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from inspect import currentframe
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
@@ -19,6 +21,10 @@ from sama_kernels.held_values import code_of, is_held
 from sama_kernels.types import Closure
 
 _DETACHING = {Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__}  # type: ignore[attr-defined]
+_INSTALLED = {"site-packages", "dist-packages", "torch"}
+READS_GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
+ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+"""What a torch function mode sees where `x.grad` and `x.requires_grad` are read."""
 _watched = WeakIdKeyDictionary()
 
 
@@ -48,15 +54,18 @@ class Watch(TorchFunctionMode):
 class DetachWatch(Watch):
     """Follows theta through the torch calls of a perturbed pass, in which only lambda requires grad.
 
-    Values made of theta by `.detach()`, `.data` or under `no_grad` are "loose": they move with theta+- although the
-    base gradient held them still. `found` becomes True where a loose value meets lambda.
+    Values made of theta by `.detach()`, `.data`, under `no_grad` or by `torch.autograd.grad` without a graph are
+    "loose": they move with theta+- although the base gradient held them still. `found` becomes True where a loose value
+    meets lambda. `asked`: whether code that is not a library's read `requires_grad` of a base parameter, which is False
+    in the pass alone.
     """
 
     def __init__(self, base_params: Sequence[Tensor]) -> None:
         super().__init__()
-        self._theta = _Marked(base_params)
+        self._params, self._theta = _Marked(base_params), _Marked(base_params)
         self._loose = _Marked()
-        self.found = False
+        self._has_gone_back = False
+        self.found = self.asked = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,10 +75,16 @@ class DetachWatch(Watch):
         inputs = list(tensors_in((args, kwargs)))
         from_theta = any(map(self._theta.has, inputs))
         from_loose = any(self._loose.has(x) and not is_held(x) for x in inputs)
+        if func == ASKS:
+            self.asked = self.asked or (self._params.has(args[0]) and not _in_library(currentframe()))
+            return func(*args)
         result = func(*args, **(kwargs or {}))
+        if func == READS_GRAD and self._has_gone_back and isinstance(result, Tensor):
+            self._loose.add(result)
         if from_theta or from_loose:
+            self._has_gone_back = self._has_gone_back or func in (Tensor.backward, torch.autograd.backward)
             without_grad = not torch.is_grad_enabled() and running_function() is None
-            loosens = from_theta and (func in _DETACHING or without_grad)
+            loosens = from_theta and (func in _DETACHING or without_grad or gives_constants(func, kwargs))
             for output in tensors_in(result):
                 if not output.is_floating_point():
                     continue
@@ -84,17 +99,36 @@ class DetachWatch(Watch):
     def report(self, closure: Closure) -> None:
         """Warn if something was found, with the cure; either way this closure's code is not watched again."""
         _watched[_key(closure)] = True
+        name = getattr(closure, "__qualname__", type(closure).__name__)
+        if self.asked:
+            warnings.warn(
+                f"sama_kernels: base_loss ({name}) reads requires_grad of a base parameter, which is False in the"
+                " perturbed passes, where they are frozen: a term that hangs on it is missing from the meta gradient."
+                ' Choose the parameters without it (by name, or once before training), or use difference="exact".',
+                UserWarning,
+                stacklevel=2,
+            )
         if not self.found:
             return
-        name = getattr(closure, "__qualname__", type(closure).__name__)
         warnings.warn(
             f"sama_kernels: base_loss ({name}) uses a value that depends on the base parameters but was detached with"
-            " .detach(), .data or no_grad. The perturbed passes see it move, which the base gradient does not"
-            " (measured on small problems: 30-98 % relative error of the meta gradient)."
-            " Write sama_kernels.stop_gradient(x) instead.",
+            " .detach(), .data or no_grad, or made by torch.autograd.grad without create_graph. The perturbed passes"
+            " see it move, which the base gradient does not (measured on small problems: 30-98 % relative error of the"
+            " meta gradient). Write sama_kernels.stop_gradient(x) instead.",
             UserWarning,
             stacklevel=2,
         )
+
+
+def gives_constants(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
+    """Whether this torch call is `torch.autograd.grad` without a graph, whose results are constants for autograd."""
+    return func is torch.autograd.grad and not (kwargs or {}).get("create_graph", False)
+
+
+def _in_library(frame: FrameType | None) -> bool:
+    """Whether the code that calls the mode, which is the caller of this function, belongs to an installed package."""
+    caller = frame.f_back if frame is not None else None
+    return caller is not None and not _INSTALLED.isdisjoint(Path(caller.f_code.co_filename).parts)
 
 
 def running_function() -> type[Function] | None:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from sama_kernels.algorithms import Sama, SamaNA
 from sama_kernels.algorithms.options import resolve
 from sama_kernels.detach_watch import DetachWatch
 from sama_kernels.diagnosis import Diagnosis, degenerate, judge
+from sama_kernels.graphs import is_once_differentiable
 from sama_kernels.guards import Interrupts
 from sama_kernels.integrations.optimizers import scaler_of, unwrapped
 from sama_kernels.jvp import uncompiled
@@ -89,6 +90,8 @@ class _Patient:
         self._explicit = _flat(linear.grads[: len(self._lam)])
         reference, kind = self._exact(v)
         gradient, forward, detached = self._look()
+        if words := _not_finite(forward, gradient, reference):
+            return degenerate(facts, words, "look for the first value in base_loss, or in theta, that is not finite")
         change = 0.0 if reference is None else float(reference.norm()) / norm * facts.theta_norm
         if reference is not None and change <= 1e-2 * self._epsilon_of_lambda() * float(gradient.norm()):
             words = "dL_base/dlambda does not change along v, so lambda has no influence on the meta loss"
@@ -155,7 +158,7 @@ class _Patient:
         if norm > 0 and isinstance(self._arguments.get("alpha"), Relative) and not 0 < theta_norm < math.inf:
             return f"alpha is relative, and ||theta|| is {theta_norm}", "give an absolute alpha"
         optimizer = self._arguments.get("optimizer")
-        if isinstance(optimizer, torch.optim.Optimizer) and adaptations.steps_made(optimizer) == 1:
+        if _is_adam(optimizer) and adaptations.steps_made(optimizer) == 1:
             words = (
                 f"||v|| is {norm:.1e} after the optimizer's first step, where Adam's D is zero by nature: that update"
                 " is a sign, which does not change with the gradient"
@@ -188,6 +191,8 @@ class _Patient:
                     p.requires_grad_(True)
                 loss = closure()
                 g = torch.autograd.grad(loss, self._theta, create_graph=True, allow_unused=True)
+                if is_once_differentiable([x for x in g if x is not None]):
+                    raise RuntimeError("an autograd.Function of base_loss is once_differentiable")
             finally:
                 for p in self._theta:
                     p.requires_grad_(False)
@@ -247,11 +252,30 @@ class _Patient:
         for p, x in zip(self._arguments.get("master_params") or self._theta, v, strict=True):
             total += float(x.double().square().sum())
             state = optimizer.state.get(p, {}) if optimizer is not None else {}
-            for moment in (state.get(name) for name in _SECOND_MOMENTS):
+            names = ("exp_avg",) if "exp_inf" in state else _SECOND_MOMENTS  # Adamax' maximum is eps there, not 0
+            for moment in (state.get(name) for name in names):
                 if isinstance(moment, Tensor) and moment.shape == x.shape:
                     known = True
                     untouched += float(x.double().square()[moment == 0].sum())
         return untouched / total if known and total else None
+
+
+def _is_adam(optimizer: Any) -> TypeGuard[torch.optim.Optimizer]:
+    """Whether its first update is a sign: those with a running mean of the gradient over the root of that of g^2."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return False
+    return any("exp_avg" in state and "exp_avg_sq" in state for state in optimizer.state.values())
+
+
+def _not_finite(forward: MetaGradient, gradient: Tensor, reference: Tensor | None) -> str:
+    """What of the base loss at theta is NaN or infinite, in words."""
+    if not forward.base_loss_minus.isfinite():
+        return f"base_loss is {float(forward.base_loss_minus)} at theta"
+    if not gradient.isfinite().all():
+        return "dL_base/dlambda at theta holds NaN or infinity"
+    if reference is not None and not reference.isfinite().all():
+        return "the derivative of dL_base/dlambda along v holds NaN or infinity"
+    return ""
 
 
 def _flat(grads: Sequence[Tensor | None], like: Sequence[Tensor] = ()) -> Tensor:

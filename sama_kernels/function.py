@@ -30,4 +30,9 @@ class SamaFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """dL_meta/dlambda times the incoming gradient (0-dim)."""
-        return (None, *(g * grad_output.to(g.dtype) for g in ctx.saved_tensors))
+        # The product in float32: a GradScaler's scale, 65536 at first, is infinite in float16.
+        return (None, *((_wide(g) * grad_output).to(g.dtype) for g in ctx.saved_tensors))
+
+
+def _wide(g: Tensor) -> Tensor:
+    return g.float() if g.element_size() == 2 else g

@@ -1,9 +1,11 @@
-"""`unhooked`: tensors whose hooks rest while a meta step differentiates with respect to them several times."""
+"""`unhooked`: tensors whose hooks rest while a meta step differentiates with respect to them several times; and
+`hooked`: those hooks by hand, where other tensors stand in the places of theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +13,9 @@ GRADIENT = "_backward_hooks"
 """Hooks of `register_hook`: they get the gradient, and may replace it."""
 ACCUMULATED = "_post_accumulate_grad_hooks"
 """Hooks of `register_post_accumulate_grad_hook`: after `.grad` has changed; some make the optimizer's step."""
+
+Hooks = Sequence[Sequence[Callable[[Tensor], Any]]]
+"""The gradient hooks of several tensors."""
 
 
 @contextmanager
@@ -33,3 +38,19 @@ def unhooked(tensors: Sequence[Tensor], kind: str = GRADIENT) -> Iterator[None]:
             hooks.update(own)
         for x, grad in retained:
             x.grad = grad
+
+
+def gradient_hooks(x: Tensor) -> list[Callable[[Tensor], Any]]:
+    """The hooks of `register_hook`, in the order in which they fire."""
+    hooks: dict[int, Callable[[Tensor], Any]] | None = getattr(x, GRADIENT)
+    return list(hooks.values()) if hooks else []
+
+
+def hooked(hooks: Sequence[Callable[[Tensor], Any]], grad: Tensor | None) -> Tensor | None:
+    """The gradient as these hooks make it."""
+    if grad is None:
+        return None
+    for hook in hooks:
+        other = hook(grad)
+        grad = grad if other is None else other
+    return grad

@@ -7,7 +7,7 @@ statistics it takes for constants, and fails at a softmax.) The base parameters 
 closures hold those very tensors; their values are not changed.
 
 What the base gradient does not flow through carries no tangent: `.detach()` and `.data` drop it by themselves, values
-made under `no_grad` lose it here. So held values need no tape.
+made under `no_grad` and gradients without a graph lose it here. So held values need no tape.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class TangentPass(PerturbedPasses):
         try:
             with uncompiled(), _explained():
                 return self._run()
-        finally:  # Ctrl-C may have come between two lines of `_NoTangentUnderNoGrad`
+        finally:  # Ctrl-C may have come between two lines of `_NoTangentOfConstants`
             torch._C._set_fwd_grad_enabled(enabled)
 
     def watch(self, closure: Closure) -> detach_watch.Watch:
         """Plain detaches do no harm in forward mode."""
-        return _NoTangentUnderNoGrad()
+        return _NoTangentOfConstants(self._base_params)
 
     def recomputed(self, i: int) -> Callable[[Tensor], Tensor]:
         return torch.detach  # the value at theta, without a tangent: no tape is needed
@@ -84,14 +84,26 @@ class TangentPass(PerturbedPasses):
         return derivatives
 
 
-class _NoTangentUnderNoGrad(detach_watch.Watch):
-    """Values made under `no_grad` are constants of the base gradient, so they get no tangent."""
+class _NoTangentOfConstants(detach_watch.Watch):
+    """Values made under `no_grad`, and gradients without a graph, are constants of the base gradient, so they get no
+    tangent. And theta, frozen here as in the other passes, says that it requires grad, as when it is trained."""
+
+    def __init__(self, base_params: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._theta = {*map(id, base_params)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func == detach_watch.ASKS and id(args[0]) in self._theta:
+            return True
         if torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if detach_watch.gives_constants(func, kwargs):
+                return tuple(None if x is None else x.detach() for x in result)
+            if func == detach_watch.READS_GRAD and result is not None and not result.requires_grad:
+                return result.detach() if tangent(result) is not None else result
+            return result
         with forward_ad._set_fwd_grad_enabled(True):  # it is off inside autograd.Functions
             reads_theta = any(tangent(x) is not None for x in detach_watch.tensors_in((args, kwargs)))
         if reads_theta:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sama_kernels.graphs import nodes
 
@@ -59,12 +60,17 @@ def whole_graph(name: str, loss: Tensor, grads: Sequence[Tensor | None]) -> None
     if all(g is not None for g in grads):
         return
     for node in nodes([loss]):
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                f"{name}: it uses reentrant checkpointing, which hides the parameters inside it from"
-                " torch.autograd.grad; use checkpoint(..., use_reentrant=False), in transformers"
-                ' gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
+        refuse_reentrant(name, node)
+
+
+def refuse_reentrant(name: str, node: Any) -> None:
+    """Raise if this node of a loss's graph is a reentrant checkpoint."""
+    if node.name() == "CheckpointFunctionBackward":
+        raise ValueError(
+            f"{name}: it uses reentrant checkpointing, which hides the parameters inside it from"
+            " torch.autograd.grad; use checkpoint(..., use_reentrant=False), in transformers"
+            ' gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
 
 
 def no_renormalisation(modules: Iterable[nn.Module], base_params: Sequence[Tensor]) -> None:
@@ -78,3 +84,12 @@ def no_renormalisation(modules: Iterable[nn.Module], base_params: Sequence[Tenso
                 " forward, also at theta+-, and theta could not be brought back; build it without max_norm and"
                 " renormalise the rows after optimizer.step(), under torch.no_grad()"
             )
+
+
+def no_parametrization_cache(modules: Iterable[nn.Module]) -> None:
+    """Raise if `torch.nn.utils.parametrize.cached()` is on around the meta step: it has the weights of theta."""
+    if parametrize._cache_enabled and any(map(parametrize.is_parametrized, modules)):
+        raise RuntimeError(
+            "base_loss, meta_loss: torch.nn.utils.parametrize.cached() is on, and would give the perturbed passes the"
+            " weights that it computed at theta; use it inside the closures, not around the meta step"
+        )

@@ -22,7 +22,7 @@ from sama_kernels.integrations.optimizers import scaler_of, unwrapped
 from sama_kernels.passes import buffer_guard, direct_gradient
 from sama_kernels.perturbation import Perturbation
 from sama_kernels.reach import reachable
-from sama_kernels.shared_memory import apart
+from sama_kernels.shared_memory import apart, separate
 from sama_kernels.types import Closure, MetaGradient, Problem, Relative
 
 P = ParamSpec("P")
@@ -147,6 +147,7 @@ def meta_grad(
     checks.leaves("base_params", theta)
     apart(theta)
     checks.disjoint(theta, lam, (base_params, meta_params))
+    separate(theta, lam)
     checks.independent(lam)
     device = checks.one_device(theta, lam)
     masters = checks.masters(master_params, theta, update_base)
@@ -156,6 +157,7 @@ def meta_grad(
     arguments.parts(theta, lam, difference=difference, clip_rank_one=clip_rank_one, master_params=master_params)
     loss_scale = scaling.scale_of(grad_scaler, device)
     loss_checks.no_renormalisation(reach.modules, theta)
+    loss_checks.no_parametrization_cache(reach.modules)
     if reach.compiled:
         checks.no_graph_memory(device)
     problem = Problem(

@@ -55,6 +55,17 @@ def apart(base_params: Sequence[Tensor]) -> None:
             )
 
 
+def separate(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> None:
+    """Raise if a meta parameter lies in the memory of a base parameter: it would move with theta."""
+    theta = Memory(base_params)
+    for i, x in enumerate(map(local, meta_params)):
+        if x in theta:
+            raise ValueError(
+                f"meta_params: tensor {i} (shape {tuple(x.shape)}) lies in the memory of a base parameter, with which"
+                " it would move in the perturbed passes; give it memory of its own (.clone())"
+            )
+
+
 def _neighbours(params: Sequence[Tensor]) -> Iterator[list[int]]:
     """The rows of tensors whose spans overlap, together; views of one tensor may do so without sharing a cell."""
     spans = sorted((*span(local(p)), row) for row, p in enumerate(params) if p.numel())

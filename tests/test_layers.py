@@ -24,6 +24,7 @@ LAYERS = [
     ["sama_kernels.algorithms.second_order"],
     [f"sama_kernels.algorithms.{name}" for name in ("implicit", "unrolled", "penalty")],
     [f"sama_kernels.algorithms.{name}" for name in ("hessian", "options", "substitution", "adam_step")],
+    ["sama_kernels.algorithms.second_derivatives", "sama_kernels.algorithms.torch_step"],
     ["sama_kernels.function", "sama_kernels.differences", "sama_kernels.direction"],
     ["sama_kernels.jvp"],
     ["sama_kernels.passes", "sama_kernels.clipping", "sama_kernels.scaling"],

@@ -22,5 +22,4 @@ def adadelta(step: GroupStep) -> list[OpCall]:
         step, len(used), place, rate=lr, a=1.0, slope=1.0, kappa=rho, omega=1 - rho, eps=float(h["eps"]),
         tail=1.0 if step.mode == ops.EXACT else 0.0,
     )  # fmt: skip
-    decay = float(h["weight_decay"])
-    return [call(step, used, coefficients, "square_avg", "acc_delta", form=ops.DELTA, decay=decay)]
+    return [call(step, used, coefficients, "square_avg", "acc_delta", form=ops.DELTA, decay=step.coupled_decay())]

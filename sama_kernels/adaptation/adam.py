@@ -16,7 +16,7 @@ def adam(step: GroupStep) -> list[OpCall]:
     state = step.optimizer.state
     used = [i for i, p in enumerate(step.params) if "exp_avg" in state.get(p, {})]
     states = [state[step.params[i]] for i in used]
-    decay = 0.0 if h.get("decoupled_weight_decay", False) else float(h["weight_decay"])
+    decay = step.coupled_decay()
     lists = (
         [step.gradient(i) for i in used],
         [s["exp_avg"] for s in states],

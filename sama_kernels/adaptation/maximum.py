@@ -21,5 +21,4 @@ def adamax(step: GroupStep) -> list[OpCall]:
     if isinstance(h["lr"], Tensor):  # torch divides in its dtype
         rate = rate.to(h["lr"].dtype).double()
     coefficients = rows(step, len(used), place, rate=rate, b=1.0, slope=1 - beta1, eps=float(h["eps"]), tail=tail(step))
-    decay = float(h["weight_decay"])
-    return [call(step, used, coefficients, "exp_inf", "exp_avg", form=ops.MAXIMUM, decay=decay)]
+    return [call(step, used, coefficients, "exp_inf", "exp_avg", form=ops.MAXIMUM, decay=step.coupled_decay())]

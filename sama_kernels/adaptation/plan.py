@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,22 @@ class GroupStep:
         states = [self.optimizer.state.get(p, {}) for p in self.params]
         used = [i for i, state in enumerate(states) if key in state]
         return used, [states[i] for i in used]
+
+    def coupled_decay(self) -> float:
+        """The weight decay that is part of the gradient; decoupled decay does not enter D.
+
+        With it D takes theta before the step, solved from what theta is now: it warns if theta was written since.
+        """
+        decoupled = self.hyper.get("decoupled_weight_decay", False)
+        decay = 0.0 if decoupled else float(self.hyper["weight_decay"])
+        if decay != 0.0 and step_record.has_moved(self.optimizer, self.params):
+            warnings.warn(
+                f"{self.name}: they were written after the optimizer's last step (clamped, or moved by update_base),"
+                " but D with coupled weight decay is found from theta as that step left it; call meta_grad right after"
+                " optimizer.step(), or use decoupled weight decay (AdamW)",
+                stacklevel=2,
+            )
+        return decay
 
     def gradient(self, i: int) -> Tensor:
         """The gradient of the step, still in `.grad`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from sama_kernels import ops
@@ -28,7 +26,7 @@ def nadam(step: GroupStep) -> list[OpCall]:
         step, len(used), place, rate=lr, a=a, b=b, slope=a + b * (1 - beta1), kappa=(1 - beta2**t) ** -0.5,
         omega=1 - beta2, eps=float(h["eps"]), tail=tail(step),
     )  # fmt: skip
-    return [call(step, used, coefficients, "exp_avg_sq", "exp_avg", decay=_coupled(h))]
+    return [call(step, used, coefficients, "exp_avg_sq", "exp_avg", decay=step.coupled_decay())]
 
 
 def radam(step: GroupStep) -> list[OpCall]:
@@ -53,7 +51,7 @@ def radam(step: GroupStep) -> list[OpCall]:
         slope=1 - beta1, kappa=rectified.double(), omega=1 - beta2, eps=torch.where(rectified, float(h["eps"]), 1.0),
         tail=torch.where(rectified, tail(step), 1.0),
     )  # fmt: skip
-    return [call(step, used, coefficients, "exp_avg_sq", "exp_avg", decay=_coupled(h))]
+    return [call(step, used, coefficients, "exp_avg_sq", "exp_avg", decay=step.coupled_decay())]
 
 
 def adagrad(step: GroupStep) -> list[OpCall]:
@@ -70,7 +68,7 @@ def adagrad(step: GroupStep) -> list[OpCall]:
         step, len(used), place, rate=lr / (1 + (t - 1) * h["lr_decay"]), a=1.0, slope=1.0, kappa=1.0, omega=1.0,
         eps=float(h["eps"]), tail=tail(step),
     )  # fmt: skip
-    return [call(step, used, coefficients, "sum", decay=_coupled(h))]
+    return [call(step, used, coefficients, "sum", decay=step.coupled_decay())]
 
 
 def rmsprop(step: GroupStep) -> list[OpCall]:
@@ -89,9 +87,4 @@ def rmsprop(step: GroupStep) -> list[OpCall]:
     )  # fmt: skip
     mean, form = ("grad_avg", ops.CENTERED) if h["centered"] else ("", ops.RATIO)
     buffer = "momentum_buffer" if h["momentum"] > 0 else ""
-    return [call(step, used, coefficients, "square_avg", mean, buffer, form=form, decay=_coupled(h))]
-
-
-def _coupled(hyper: dict[str, Any]) -> float:
-    """The weight decay that is part of the gradient; decoupled decay does not enter D."""
-    return 0.0 if hyper.get("decoupled_weight_decay", False) else float(hyper["weight_decay"])
+    return [call(step, used, coefficients, "square_avg", mean, buffer, form=form, decay=step.coupled_decay())]

@@ -23,6 +23,7 @@ _records: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary
 _counts: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _rounding_bases: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _found_infs: WeakKeyDictionary[Optimizer, Tensor | None] = WeakKeyDictionary()  # an entry: a step was seen
+_versions: WeakKeyDictionary[Optimizer, dict[int, int]] = WeakKeyDictionary()  # of the parameters after the last step
 _types: set[type[Optimizer] | str] = set()
 
 PARAMS = "sama_params"
@@ -35,8 +36,8 @@ GRADS = "sama_grads"
 """Key of what stood in `.grad` after the step: the parameter's id -> (weak reference to the tensor, its version)."""
 ETAS = "sama_etas"
 """Key of the step sizes that ASGD keeps per parameter and replaces at the end of the step, by the parameter's id."""
-_LAST = "sama_record"
-"""Key among an optimizer's own hooks."""
+_OWN_HOOK = "sama_record"
+"""Key among an optimizer's own hooks: the last before a step, and the first after it."""
 NOTES = (PARAMS, SKIPPED, FIRST_STEP, GRADS, ETAS)
 """The keys of a record that are no hyperparameters."""
 
@@ -116,23 +117,59 @@ def unchanged(hyper: dict[str, Any], p: Tensor) -> bool:
     return reference() is grad and grad._version == version
 
 
+def has_moved(optimizer: Optimizer, params: Iterable[Tensor]) -> bool:
+    """Whether some of these parameters were written since the step; False if that is not known."""
+    versions = _versions.get(optimizer, {})
+    return any(versions.get(id(p), p._version) != p._version for p in params)
+
+
 def restore(optimizer: Optimizer, steps: int, base: int, groups: list[dict[str, Any]]) -> None:
     """Go on from a checkpoint (`sama_kernels.load_state_dict`); `groups` may be empty: no step was seen."""
     _counts[optimizer], _rounding_bases[optimizer] = steps, base
-    _found_infs.pop(optimizer, None)
-    _records.pop(optimizer, None)
+    for kept in (_found_infs, _records, _versions):
+        kept.pop(optimizer, None)
     if groups:
         _records[optimizer] = groups
 
 
+def advanced(optimizer: Optimizer, steps: int) -> None:
+    """Note steps that were made without this optimizer's `step`: the gradient of the last is not in `.grad`."""
+    _counts[optimizer] = _counts.get(optimizer, 0) + steps
+    if _is_watched(optimizer):
+        _record(optimizer, (), {})
+        for group, record in zip(optimizer.param_groups, _records[optimizer], strict=True):
+            record[SKIPPED] = set()
+            record[GRADS] = {id(p): (_nothing, -1) for p in group["params"]}
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Whether step hooks were registered on it by others."""
+    hooks: Any = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return any(key != _OWN_HOOK for own in hooks for key in own)
+
+
+def _nothing() -> None:
+    """Like a reference to a tensor that is gone."""
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    return type(optimizer) in _types or name(type(optimizer)) in _types
+
+
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _counts[optimizer] = _counts.get(optimizer, 0) + 1
-    if type(optimizer) in _types or name(type(optimizer)) in _types:
+    if _is_watched(optimizer):
         _record(optimizer, args, kwargs)
-        own: Any = optimizer._optimizer_step_pre_hooks
-        if own:  # they run after the global ones, and may change lr and .grad: the record is made again after the last
-            own[_LAST] = _record_again
-            own.move_to_end(_LAST)
+        # The optimizer's own hooks run after the global ones before a step, and may change lr and .grad: the record is
+        # made again after the last. Those after a step run before the global ones, and may clear .grad.
+        before: Any = optimizer._optimizer_step_pre_hooks
+        after: Any = optimizer._optimizer_step_post_hooks
+        if before:
+            before[_OWN_HOOK] = _record_again
+            before.move_to_end(_OWN_HOOK)
+        if after:
+            after[_OWN_HOOK] = _note_gradients_first
+            after.move_to_end(_OWN_HOOK, last=False)
 
 
 def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -142,7 +179,14 @@ def _record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     found = getattr(optimizer, "found_inf", None)  # a GradScaler lends it to fused optimizers for the step
     _found_infs[optimizer] = found if isinstance(found, Tensor) else None
+    own: Any = optimizer._optimizer_step_post_hooks
+    if _OWN_HOOK not in own:
+        _note_gradients(optimizer, args, kwargs)
+
+
+def _note_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    _versions[optimizer] = {id(p): p._version for group in optimizer.param_groups for p in group["params"]}
     for group, record in zip(optimizer.param_groups, _records.get(optimizer, ()), strict=False):
         record[GRADS] = _gradients(group["params"])
         if closure is not None:  # it made the gradients inside the step
@@ -176,6 +220,7 @@ def _snapshot(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
 
 
 _record_again = _disable_dynamo(_record)
+_note_gradients_first = _disable_dynamo(_note_gradients)
 # Where the step itself is compiled, a trace of the hooks would be guarded by the records of all other optimizers.
 register_optimizer_step_pre_hook(_disable_dynamo(_before))
 register_optimizer_step_post_hook(_disable_dynamo(_after))

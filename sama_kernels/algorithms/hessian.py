@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sama_kernels import loss_checks, mask_draws
-from sama_kernels.graphs import nodes
+from sama_kernels.algorithms import second_derivatives
 from sama_kernels.guards import Interrupts
+from sama_kernels.hooks import Hooks, hooked
 from sama_kernels.types import Closure
 
 Vector = list[Tensor]
@@ -22,13 +22,19 @@ class BaseGradient:
 
     Arguments:
         losses: closures whose losses are summed; called once, here.
+        hooks: those of theta (`unhooked` meanwhile), which are a part of g.
     Raises:
         ValueError: a loss is no scalar or reads none of the parameters.
         NotImplementedError: an operator has no second derivative.
     """
 
     def __init__(
-        self, losses: Sequence[Closure], theta: Sequence[Tensor], lam: Sequence[Tensor], interrupts: Interrupts
+        self,
+        losses: Sequence[Closure],
+        theta: Sequence[Tensor],
+        lam: Sequence[Tensor],
+        hooks: Hooks,
+        interrupts: Interrupts,
     ) -> None:
         self._theta, self._lam, self._interrupts = theta, lam, interrupts
         total = torch.zeros((), device=theta[0].device)
@@ -37,10 +43,11 @@ class BaseGradient:
                 value = loss()
                 loss_checks.scalar_loss("base_loss", value, "meta_params")
                 total = total + value.reshape(())
-        with torch.enable_grad(), interrupts.allowed(), _second_derivatives():
-            g = torch.autograd.grad(total, theta, create_graph=True, allow_unused=True)
-        if any(node.name() == "torch::autograd::Error" for node in nodes([x for x in g if x is not None])):
-            raise _without_second_derivatives("an autograd.Function of it is once_differentiable")
+        second_derivatives.check_loss("base_loss", total)
+        with torch.enable_grad(), interrupts.allowed(), second_derivatives.explained():
+            raw = torch.autograd.grad(total, theta, create_graph=True, allow_unused=True)
+            g = [hooked(own, x) for own, x in zip(hooks, raw, strict=True)]
+        second_derivatives.check_gradient(g)
         self.loss = total.detach()
         self._rows = [row for row, x in enumerate(g) if x is not None and x.requires_grad]
         self._g = [x for x in g if x is not None and x.requires_grad]
@@ -60,31 +67,12 @@ class BaseGradient:
         return self._product(self._lam, w, name="meta_params")
 
     def _product(self, inputs: Sequence[Tensor], w: Vector, name: str = "") -> Vector:
-        with self._interrupts.allowed(), _second_derivatives():
+        with self._interrupts.allowed(), second_derivatives.explained():
             along = [w[row] for row in self._rows]
             found = torch.autograd.grad(self._g, inputs, along, retain_graph=True, allow_unused=True)
         if name and all(x is None for x in found):
             raise ValueError(f"{name}: the base gradient does not depend on any of them (all derivatives are None)")
         return [torch.zeros_like(x) if y is None else y.detach() for x, y in zip(inputs, found, strict=True)]
-
-
-@contextlib.contextmanager
-def _second_derivatives() -> Iterator[None]:
-    """torch's errors about missing second derivatives as one that names the cure."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "is not implemented" not in str(error) and "double backward" not in str(error):
-            raise
-        raise _without_second_derivatives(str(error).partition("\n")[0]) from error
-
-
-def _without_second_derivatives(why: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"algorithm: it needs second derivatives of base_loss ({why}); use SAMA, which needs none, or if this is fused"
-        ' attention, unfused attention (attn_implementation="eager" in transformers, or'
-        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
-    )
 
 
 ROW = 4096  # elements whose products are summed in their own dtype: 1e-9 off in float32, where one long dot is 2e-5 off

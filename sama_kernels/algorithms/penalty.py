@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sama_kernels import checks, loss_checks
 from sama_kernels.algorithms.hessian import dot
+from sama_kernels.algorithms.second_derivatives import check_loss
 from sama_kernels.algorithms.substitution import places, substituted
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import RngState
-from sama_kernels.hooks import unhooked
+from sama_kernels.hooks import gradient_hooks, hooked, unhooked
 from sama_kernels.reach import reachable
 from sama_kernels.types import Closure
 
@@ -68,10 +69,15 @@ class _Penalty:
                 stack.enter_context(substituted(self._places, at))
             value = loss()
             loss_checks.scalar_loss(name, value, "base_params")
+            check_loss(name, value, at, self._theta)
             with unhooked(self._lam):
                 found = torch.autograd.grad(value, (*at, *self._lam), allow_unused=True)
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip((*at, *self._lam), found, strict=True)]
-        return _Gradients(value.detach(), grads[: len(at)], grads[len(at) :])
+        of_theta: list[Tensor | None] = list(found[: len(at)])
+        if theta is not None:
+            of_theta = [hooked(gradient_hooks(p), g) for p, g in zip(self._theta, of_theta, strict=True)]
+        of_lam = found[len(at) :]
+        reads_lam = any(g is not None for g in of_lam)
+        return _Gradients(value.detach(), _filled(of_theta, at), _filled(of_lam, self._lam), reads_lam)
 
     def _passes(
         self, base_loss: Closure, meta_loss: Closure, start: Sequence[Tensor]
@@ -79,15 +85,19 @@ class _Penalty:
         """z, the end of the inner steps from `start`; the meta loss at theta; the base loss at theta and at z. All
         passes of the base loss draw the same dropout masks; the generators are left as one of them and the meta loss
         leave them, so that the next step draws others; after an error as they were."""
-        with RngState(self._generators) as rng:
+        torch.clear_autocast_cache()  # it may hold theta as it was before the last step
+        with RngState(self._generators) as rng, BufferGuard(self._modules, self._theta) as buffers:
             z = self._descend(base_loss, start, rng)
             rng.restore()
             here = self._gradients("base_loss", base_loss)
             rng.restore()
             there = self._gradients("base_loss", base_loss, z)
             outer = self._gradients("meta_loss", meta_loss)
-            after = rng.now()
+            if not (here.reads_lam or outer.reads_lam):
+                raise ValueError("meta_params: neither base_loss nor meta_loss reads any of them")
+            after, bring_buffers = rng.now(), buffers.moved()
         after.restore()
+        bring_buffers()
         return z, outer, here, there
 
     def _descend(self, base_loss: Closure, z: Sequence[Tensor], rng: RngState) -> list[Tensor]:
@@ -102,6 +112,7 @@ class _Penalty:
     def _move(self, theta_direction: Sequence[Tensor], lam_gradient: Sequence[Tensor], lr: float) -> None:
         with torch.no_grad():
             torch._foreach_add_(self._theta, list(theta_direction), alpha=-lr)
+        torch.clear_autocast_cache()
         torch.autograd.backward(self._lam, list(lam_gradient))
 
 
@@ -110,6 +121,7 @@ class _Gradients:
     loss: Tensor
     theta: list[Tensor]
     lam: list[Tensor]
+    reads_lam: bool
 
 
 class F2SA(_Penalty):
@@ -210,6 +222,10 @@ class BOME(_Penalty):
             self._lr,
         )
         return PenaltyStep(outer.loss, here.loss, there.loss, m)
+
+
+def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(like, grads, strict=True)]
 
 
 def _steps(name: str, value: int) -> int:

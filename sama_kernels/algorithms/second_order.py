@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -19,10 +20,11 @@ from sama_kernels.direction import adaptation_of
 from sama_kernels.distributed import Adapt, Alone, quiet, ranks_of
 from sama_kernels.distributed.sharded import is_sharded
 from sama_kernels.guards import Interrupts, RngState
-from sama_kernels.hooks import unhooked
+from sama_kernels.hooks import Hooks, gradient_hooks, unhooked
+from sama_kernels.jvp import uncompiled
 from sama_kernels.ownership import own
 from sama_kernels.passes import buffer_guard, direct_gradient
-from sama_kernels.types import MetaGradient, Problem
+from sama_kernels.types import Clipping, MetaGradient, Problem
 
 
 def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
@@ -32,6 +34,7 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
     With several processes the meta gradients are averaged after the passes.
     """
     _check(problem, algorithm)
+    hooks = [gradient_hooks(p) for p in problem.base_params]
     with Interrupts() as interrupts, torch.no_grad():
         with (
             RngState(problem.generators) as rng,
@@ -39,12 +42,14 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
             ranks_of(problem) as ranks,
             quiet(problem.reached),
             unhooked(problem.meta_params),
+            unhooked(problem.base_params),  # they belong to the base gradient, and are applied to it
+            uncompiled() if problem.compiled else nullcontext(),
         ):
             if isinstance(algorithm, Iterative):
-                unroll = Unroll(problem, algorithm, rng, buffers, interrupts)
+                unroll = Unroll(problem, algorithm, hooks, rng, buffers, interrupts)
                 result = _result(problem, ranks, _iterative(problem, unroll.run()))
             else:
-                result = _result(problem, ranks, _implicit(problem, algorithm, ranks, rng, buffers, interrupts))
+                result = _result(problem, ranks, _implicit(problem, algorithm, hooks, ranks, rng, buffers, interrupts))
         if isinstance(algorithm, Iterative) and algorithm.advance:
             unroll.advance()
     return result
@@ -66,8 +71,9 @@ def _iterative(problem: Problem, out: Unrolled) -> Found:
 
 
 def _implicit(
-    problem: Problem, algorithm: Algorithm, ranks: Alone, rng: RngState, buffers: BufferGuard, interrupts: Interrupts
-) -> Found:
+    problem: Problem, algorithm: Algorithm, hooks: Hooks,
+    ranks: Alone, rng: RngState, buffers: BufferGuard, interrupts: Interrupts,
+) -> Found:  # fmt: skip
     meta = direct_gradient(problem, ranks, interrupts)
     d = [
         torch.zeros_like(p, memory_format=torch.contiguous_format) if x is None else x.contiguous()
@@ -77,9 +83,9 @@ def _implicit(
     rng.follow()
     rng.restore()
     buffers.restore()
-    g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, interrupts)
+    g = BaseGradient(problem.base_losses, problem.base_params, problem.meta_params, hooks, interrupts)
     adaptation = cache(lambda: adaptation_of(problem))  # not all of them ask for it, or have an optimizer
-    w = solve(algorithm, g, d, lambda x: _adapted(adaptation(), x))
+    w = solve(algorithm, g, d, lambda x: _adapted(adaptation(), x, problem.clipping.coef))
     return Found(g.mixed_product(w), meta.explicit, meta.loss, g.loss, dot(w, w).sqrt())
 
 
@@ -96,21 +102,54 @@ def _check(problem: Problem, algorithm: Algorithm) -> None:
             "algorithm: Iterative(advance=True) would lead every process elsewhere; make the base"
             " steps with averaged gradients, and leave advance out"
         )
+    if isinstance(algorithm, Iterative):
+        _check_iterative(problem, algorithm)
     if any(is_sharded(p) for p in (*problem.base_params, *problem.meta_params)):
         raise NotImplementedError(f"base_params, meta_params: {name} does not take sharded parameters; use SAMA")
 
 
-def _adapted(adapt: Adapt, w: Vector) -> Vector:
-    """D w, in new memory; 0 where the optimizer has not moved theta."""
+def _check_iterative(problem: Problem, algorithm: Iterative) -> None:
+    if problem.optimizer is None:
+        raise ValueError("optimizer: Iterative makes steps of the base optimizer; pass it")
+    if problem.clipping != Clipping():
+        raise NotImplementedError(
+            "clip_coef, clip_value: the steps of Iterative are not clipped; leave it out where no step is clipped, or"
+            " use SAMA"
+        )
+    if problem.master_params is not None:
+        raise NotImplementedError("master_params: Iterative steps base_params themselves; use SAMA")
+    if algorithm.advance:
+        own = {*map(id, problem.base_params)}
+        others = [
+            p for g in problem.optimizer.param_groups for p in g["params"] if p.requires_grad and id(p) not in own
+        ]
+        if others:
+            raise ValueError(
+                "base_params: Iterative(advance=True) makes the base steps, but the optimizer trains"
+                f" {len(others)} parameters that are not among them; pass all of them"
+            )
+
+
+def _adapted(adapt: Adapt, w: Vector, coef: Tensor | None) -> Vector:
+    """(du/dg)^T w, in new memory; 0 where the optimizer has not moved theta. Without `coef`, the factor of clipping, in
+    float64, it is what SAMA stores, whose step length accounts for that factor (`scaling`)."""
     v: list[Tensor | None] = [x.clone() for x in w]
     adapt(v)
+    if coef is not None:
+        for y in v:
+            if y is not None:
+                y.copy_(y * coef)
     return [torch.zeros_like(x) if y is None else y for x, y in zip(w, v, strict=True)]
 
 
 def _result(problem: Problem, ranks: Alone, found: Found) -> MetaGradient:
     """-mixed + explicit, averaged over the ranks."""
     mixed, explicit, meta_loss, base_loss, norm = found
-    degenerate = ~(norm.isfinite() & (norm > 0))
+    kept = norm.isfinite()  # otherwise the result is zeros
+    if problem.skipped is not False:
+        skipped = torch.as_tensor(problem.skipped, device=norm.device) != 0
+        kept, norm = kept & ~skipped, torch.where(skipped, 0.0, norm)
+    degenerate = ~(kept & (norm > 0))
 
     def form(rows: Sequence[int], first: list[Tensor | None], last: Sequence[Tensor | None]) -> list[Tensor]:
         formed = []
@@ -119,7 +158,7 @@ def _result(problem: Problem, ranks: Alone, found: Found) -> MetaGradient:
             base_share, meta_share = ranks.shares_of(row)
             x.copy_(torch.where(degenerate, 0.0, -x * base_share))
             for term in scaling.explicit_terms(problem, [explicit[row]], meta_share):
-                x += torch.where(norm.isfinite(), term, 0.0)
+                x += torch.where(kept, term, 0.0)
             formed.append(x)
         return formed
 

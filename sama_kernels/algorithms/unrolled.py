@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +13,16 @@ from torch.optim import Optimizer
 
 from sama_kernels import held_values as holding
 from sama_kernels import loss_checks, mask_draws
-from sama_kernels.algorithms import adam_step
+from sama_kernels.adaptation import step_record
+from sama_kernels.algorithms import adam_step, torch_step
 from sama_kernels.algorithms.options import Iterative
+from sama_kernels.algorithms.second_derivatives import check_gradient, check_loss, explained
 from sama_kernels.algorithms.substitution import nowhere, places, substituted
+from sama_kernels.algorithms.torch_step import State
 from sama_kernels.buffers import BufferGuard
 from sama_kernels.guards import Interrupts, RngState
+from sama_kernels.hooks import Hooks, hooked
 from sama_kernels.types import Closure, Problem
-
-State = list[dict[str, Any]]
-"""The optimizer's state, one dict per base parameter."""
 
 
 @dataclass
@@ -48,24 +48,22 @@ class Unroll:
     """Steps theta <- theta - u(g) from where theta and the optimizer's state are; `run` changes neither."""
 
     def __init__(
-        self, problem: Problem, options: Iterative, rng: RngState, buffers: BufferGuard, interrupts: Interrupts
-    ) -> None:
+        self, problem: Problem, options: Iterative, hooks: Hooks,
+        rng: RngState, buffers: BufferGuard, interrupts: Interrupts,
+    ) -> None:  # fmt: skip
         self._buffers, self._rng = buffers, rng
         self._end: End | None = None
         self._problem, self._options, self._interrupts = problem, options, interrupts
         assert problem.optimizer is not None  # checks.held_by
         self._optimizer: Optimizer = problem.optimizer
-        if "differentiable" not in self._optimizer.defaults:
-            raise NotImplementedError(
-                f"algorithm: Iterative differentiates the optimizer's step, and {type(self._optimizer).__name__} has"
-                ' no option `differentiable`; use "truncated", or SGD, Adam, AdamW or another optimizer of torch.optim'
-            )
+        torch_step.check(self._optimizer)
         losses = problem.base_losses
         if options.per_step and len(losses) != options.steps:
             raise ValueError(
                 f"base_loss: {len(losses)} closures for {options.steps} steps; per_step=True wants one for each step"
             )
         self._gate = Gate()
+        self._hooks = hooks
         self._places = places(problem.reached, problem.base_params)
 
     def run(self) -> Unrolled:
@@ -79,6 +77,7 @@ class Unroll:
     def advance(self) -> None:
         """All <- what the steps led to, in the tensors that hold it; after `run`, and after the guards' own end."""
         assert self._end is not None
+        torch.clear_autocast_cache()  # it holds theta as it was
         self._end.rng.restore()
         self._end.bring_buffers()
         for p, x, new in zip(self._problem.base_params, self._end.theta, self._end.state, strict=True):
@@ -87,10 +86,11 @@ class Unroll:
             for key, value in new.items():
                 if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
                     state[key].copy_(value)
-                elif key in _SCALARS and isinstance(value, Tensor):  # torch's own first step makes it so
+                elif key in torch_step.SCALARS and isinstance(value, Tensor):  # torch's own first step makes it so
                     state[key] = value.to(torch.promote_types(torch.get_default_dtype(), torch.float32), copy=True)
                 else:
                     state[key] = value
+        step_record.advanced(self._optimizer, self._options.steps)
 
     def _one_graph(self) -> Unrolled:
         problem = self._problem
@@ -161,41 +161,16 @@ class Unroll:
         losses = self._problem.base_losses
         with holding.handling(self._gate.hold):
             loss = self._at("base_loss", theta, losses[step : step + 1] if self._options.per_step else losses)
-        with substituted(self._places, theta), self._interrupts.allowed(), self._gate.closed():
-            grads = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        with substituted(self._places, theta), self._interrupts.allowed(), self._gate.closed(), explained():
+            found = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        check_gradient(found, until=theta)
+        with torch.enable_grad(), self._interrupts.allowed():
+            grads = [hooked(hooks, g) for hooks, g in zip(self._hooks, found, strict=True)]
         if adam_step.fits(self._optimizer, state):
             moved, after = adam_step.step(self._optimizer, self._problem.base_params, theta, grads, state)
         else:
-            moved, after = self._step_by_torch(theta, grads, state)
+            moved, after = torch_step.step(self._optimizer, self._problem.base_params, theta, grads, state)
         return moved, after, loss.detach()
-
-    def _step_by_torch(
-        self, theta: Sequence[Tensor], grads: Sequence[Tensor | None], state: State
-    ) -> tuple[list[Tensor], State]:
-        """The optimizer's own step, differentiated by autograd."""
-        # It works in place, and what it overwrites is part of the graph.
-        moved = [x.clone() for x in theta]
-        optimizer = self._copy_of_optimizer(moved)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            for x, g, s in zip(moved, grads, state, strict=True):
-                x.grad = g
-                if s:
-                    optimizer.state[x] = {key: _copied(key, v) for key, v in s.items()}
-            _start_momentum(optimizer)
-            optimizer.step()
-            for x in moved:
-                x.grad = None
-        return moved, [dict(optimizer.state.get(x, {})) for x in moved]
-
-    def _copy_of_optimizer(self, theta: Sequence[Tensor]) -> Any:
-        of = {id(p): x for p, x in zip(self._problem.base_params, theta, strict=True)}
-        groups = [
-            {**group, "params": [of[id(p)] for p in group["params"] if id(p) in of], **_DIFFERENTIABLE}
-            for group in self._optimizer.param_groups
-        ]
-        make: Any = type(self._optimizer)
-        return make([g for g in groups if g["params"]], differentiable=True)
 
     def _at(self, name: str, theta: Sequence[Tensor], losses: Sequence[Closure]) -> Tensor:
         """The sum of the losses with `theta` in the place of the base parameters."""
@@ -205,23 +180,12 @@ class Unroll:
                 with mask_draws.fast(loss, theta[0].device), self._interrupts.allowed():
                     value = loss()
                     loss_checks.scalar_loss(name, value, "base_params")
+                    check_loss(name, value, theta, self._problem.base_params)
                     values.append(value.reshape(()))
         return torch.stack(values).sum()
 
     def _state(self) -> State:
         return [_detached(self._optimizer.state.get(p, {})) for p in self._problem.base_params]
-
-
-def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give SGD the momentum buffers of before its first step with which the update b <- momentum b + (1 - dampening) g
-    makes b = g, as that step does. torch makes the first b by `detach`, and the derivative is lost."""
-    if type(optimizer) is not torch.optim.SGD:
-        return
-    for group in optimizer.param_groups:
-        for x in group["params"] if group["momentum"] else ():
-            if x.grad is not None and optimizer.state[x].get("momentum_buffer") is None:
-                g = (-x.grad if group["maximize"] else x.grad) + group["weight_decay"] * x
-                optimizer.state[x]["momentum_buffer"] = group["dampening"] / group["momentum"] * g
 
 
 class Gate:
@@ -258,20 +222,6 @@ class _Held(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         return (grads[0] if ctx.gate.is_open else None), None
-
-
-_DIFFERENTIABLE = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
-
-
-_SCALARS = ("step", "mu_product", "eta", "mu")
-
-
-def _copied(key: str, x: Any) -> Any:
-    """torch keeps these scalars in float32, and a differentiable step, unlike others, reckons in their dtype: the bias
-    correction 1 - 0.999^t would have 5 digits."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.to(torch.float64, copy=True) if key in _SCALARS else x.clone()
 
 
 def _leaves(theta: Sequence[Tensor]) -> list[Tensor]:
