@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-gpu_results}
 DRY_RUN=${DRY_RUN:-0}
-TOTAL=545 # seconds for all steps but the report
+TOTAL=515 # seconds for all steps but the report; with it and what a kill takes 570
 BEGIN=$SECONDS
 PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer
 
@@ -56,7 +56,8 @@ step() {
     [ "$limit" -gt "$left" ] && limit=$left
     echo "=== $name (at most $limit s): $*" | tee -a "$OUT/steps.log"
     if [ "$limit" -gt 0 ]; then
-        timeout --kill-after=5 "$limit" "$@" 2>&1 | sed -u "s#^#$name| #" >>"$OUT/steps.log"
+        # Ctrl-C first: pytest then still writes its XML and what failed, the benchmarks what they have.
+        timeout --signal=INT --kill-after=8 "$limit" "$@" 2>&1 | sed -u "s#^#$name| #" >>"$OUT/steps.log"
         status=${PIPESTATUS[0]}
     else
         status=124
@@ -72,14 +73,16 @@ skip() {
     printf '%s\tskipped\t0\t%s\n' "$1" "$2" >>"$scratch/steps"
 }
 
-# sanitize TOOL OPTION...: run every kernel under a tool of compute-sanitizer.
+# sanitize TOOL DTYPES OPTION...: run every kernel, for these dtypes, under a tool of compute-sanitizer.
 sanitize() {
-    local tool=$1
-    shift
+    local tool=$1 dtypes=$2
+    shift 2
     if command -v compute-sanitizer >/dev/null; then
         # Without torch's caching allocator every tensor is an allocation of its own, with an end that is watched.
+        # The tool stays out of the compilers that Triton starts.
         step "$tool" 200 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "$@" \
-            --error-exitcode 9 --print-limit 20 "$PYTHON" -m bench.sanitize
+            --target-processes application-only --error-exitcode 9 --print-limit 20 \
+            "$PYTHON" -m bench.sanitize --dtypes $dtypes
     else
         skip "$tool" "compute-sanitizer is not in PATH"
     fi
@@ -88,29 +91,36 @@ sanitize() {
 if [ -n "${WHEELS:-}" ]; then
     step wheels 60 "$PYTHON" -m pip install --no-index --no-deps --target "$scratch/packages" "$WHEELS"/*.whl
 fi
+[ "$device" = cuda ] && export SAMA_KERNELS_CUDA=1 # an error, not a build without CUDA kernels
 step build 150 "$PYTHON" setup.py build_ext --inplace --force --build-temp "$scratch/build"
 if [ "$device" = cuda ]; then
     # Whatever is not timed runs at the same time; most of it is the compilation of Triton kernels.
-    step tests 200 "$PYTHON" -m pytest -q -m gpu --ignore tests/test_triton_kernels.py --junitxml "$OUT/tests.xml" \
-        -p no:cacheprovider &
+    workers=() # a thousand tests, some of which compile or start processes of their own
+    "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 3 --dist loadfile)
+    step tests 200 "$PYTHON" -m pytest -v --tb=short -m gpu "${workers[@]}" --ignore tests/test_triton_kernels.py \
+        --junitxml "$OUT/tests.xml" -p no:cacheprovider &
     for part in values:1/3 values:2/3 values:3/3 moments:1/3 moments:2/3 moments:3/3 low_bit:1/2 low_bit:2/2 contract:1/1; do
         step "triton_$part" 200 env SAMA_TEST_SHARD="${part#*:}" "$PYTHON" -m pytest -q "tests/triton_${part%:*}.py" \
             -p no:cacheprovider &
     done
     # API errors that torch causes and handles are no fault of the kernels, whose launches are checked where they happen.
-    sanitize memcheck --report-api-errors no &
-    sanitize racecheck &
-    sanitize synccheck & # every lane there where lanes exchange words
+    sanitize memcheck "fp32 bf16 bf16-fp32state fp16-fp32state fp64" --report-api-errors no &
+    # Races and barriers are the same in all 16-bit types, and each of Triton's 120 variants takes half a second.
+    sanitize racecheck "fp32 bf16-fp32state" &
+    sanitize synccheck "fp32 bf16-fp32state" & # every lane there where lanes exchange words
     # torch's own detector of races between streams.
     step streams 200 env TORCH_CUDA_SANITIZER=1 "$PYTHON" -m pytest -q -m gpu tests/test_overlap.py -p no:cacheprovider &
     wait
-    step kernels 175 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 150 \
-        --compile-at-most 1 --lists flat bert-base llama-1b tiny
+    step kernels 165 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 140 \
+        --compile-at-most 1 --lists bert-base flat llama-1b
+    # Tiny tensors: where the host's time counts. Most of the step is the reference, a tensor at a time.
+    step kernels_tiny 40 "$PYTHON" -m bench.kernels --out "$OUT" --more --seconds 0.7 --stop-after 25 --compile none \
+        --lists tiny --dtypes fp32 --ops adapt_norm_adam perturb_plus restore element_wise_part
     step meta_step_base 50 "$PYTHON" -m bench.meta_step --model base --batch 32 --tokens 128 --rounds 10 --out "$OUT"
     step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
     step scaling 60 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT" # NCCL, as many processes as GPUs
     # Its table goes into steps.log: one file more in OUT would be too many.
-    step algorithms 40 "$PYTHON" -m bench.algorithms --model small --batch 16 --tokens 64 --seconds 15
+    step algorithms 60 "$PYTHON" -m bench.algorithms --model small --batch 16 --tokens 64 --seconds 7
 else
     step tests 120 "$PYTHON" -m pytest -q -m gpu --junitxml "$OUT/tests.xml" -p no:cacheprovider
     step sanitizer_driver 75 "$PYTHON" -m bench.sanitize
@@ -123,6 +133,6 @@ else
     step meta_step_tiny 60 "$PYTHON" -m bench.meta_step --model tiny --batch 2 --tokens 8 --rounds 3 --out "$OUT"
     step scaling 90 "$PYTHON" -m bench.scaling --quick --no-plots --out "$OUT"
 fi
-TOTAL=$((TOTAL + 40))
-step report 40 "$PYTHON" -m bench.report --results "$OUT"
+TOTAL=$((TOTAL + 25))
+step report 25 "$PYTHON" -m bench.report --results "$OUT"
 "$PYTHON" -m bench.gpu_summary "$scratch/steps" "$OUT" --device "$device"

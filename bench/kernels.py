@@ -66,7 +66,8 @@ class Bench:
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
             self.file = options.out / f"kernels_{self.device.type}.jsonl"
-            self.file.write_text("")
+            if not options.more:
+                self.file.write_text("")
 
     def write(self, **row: Any) -> None:
         """A JSON line: a measurement, or why there is none."""
@@ -251,6 +252,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="3 rounds, 1/100 of the size, no torch.compile: that it runs"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write FOLDER/kernels_<device>.jsonl (a new file)")
+    parser.add_argument("--more", action="store_true", help="add to that file")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.at_least, options.scale = 3, 3, min(options.scale, 0.01)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sama_kernels import checks
 from sama_kernels.adaptation import gradient_of_step, step_record
 from sama_kernels.backends.reference import compute_dtype
-from sama_kernels.distributed.sharded import local
+from sama_kernels.distributed.sharded import local, whole
 from sama_kernels.types import Clipping, Problem, as_tensor
 
 _GUARD = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm before it divides
@@ -25,12 +25,12 @@ def clip_coef(total_norm: float | Tensor, max_norm: float) -> Tensor:
     """The factor by which `torch.nn.utils.clip_grad_norm_` multiplied the gradients: min(1, max_norm / (norm + 1e-6)).
 
     Arguments:
-        total_norm: what clip_grad_norm_ returned, the norm before clipping; 0-dim.
+        total_norm: what clip_grad_norm_ returned, the norm before clipping; 0-dim (a DTensor with sharded parameters).
         max_norm: what it was given.
     Returns: 0-dim, in the dtype and on the device of `total_norm`; for `clip_coef=` of `meta_grad`.
     """
     checks.positive("max_norm", max_norm)
-    return (max_norm / (as_tensor(total_norm) + _GUARD)).clamp(max=1.0)
+    return (max_norm / (whole(as_tensor(total_norm)) + _GUARD)).clamp(max=1.0)
 
 
 def checked(coef: Any, rank_one: bool, value: Any, device: torch.device) -> Clipping:
@@ -48,7 +48,7 @@ def checked(coef: Any, rank_one: bool, value: Any, device: torch.device) -> Clip
     if isinstance(coef, Tensor):
         if coef.numel() != 1 or not coef.dtype.is_floating_point:
             raise ValueError(f"clip_coef: expected one floating-point number, got {coef.dtype} {tuple(coef.shape)}")
-        coef = coef.detach().reshape(()).to(device=device, dtype=torch.float64, non_blocking=True)
+        coef = whole(coef.detach()).reshape(()).to(device=device, dtype=torch.float64, non_blocking=True)
     elif coef is not None:
         coef = torch.full((), checks.positive("clip_coef", coef), dtype=torch.float64, device=device)
     return Clipping(

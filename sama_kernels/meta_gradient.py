@@ -174,6 +174,7 @@ def meta_grad(
         rounding=ops.STOCHASTIC if rounding == "stochastic" else ops.NEAREST,
         seed=_rounding_seed(seed, optimizer) if rounding == "stochastic" else 0,
         difference=difference,
+        algorithm=repr(chosen),
         backend=backends.resolve(backend, device),
         clipping=clipping.checked(clip_coef, clip_rank_one, clip_value, device),
         loss_scale=loss_scale,

@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from sama_kernels.distributed.sharded import local
+
 
 def own(
     grads: list[Tensor | None], like: Sequence[Tensor], owned: Collection[int] = frozenset()
@@ -16,7 +18,8 @@ def own(
 
     autograd may hand out one buffer for two inputs, an expanded scalar, or a tensor that a custom backward still
     holds. Those are copied into the layout of `like`; all others (every gradient of a transformer) are taken as they
-    are. `grads` itself must be the only list that holds them. The rows `owned` are ours already.
+    are. Of DTensors `grads` are this rank's parts. `grads` itself must be the only list that holds them. The rows
+    `owned` are ours already.
     """
     # Measured here and now: the counts differ between versions of torch and Python, and where torch.compile has
     # replaced Python's own evaluation of frames.
@@ -29,7 +32,7 @@ def own(
             storage = grad.untyped_storage().data_ptr()
             exclusive = _references(grad) == (view if grad._is_view() else plain)
             if not exclusive or storage in storages or torch._debug_has_internal_overlap(grad) != 0:
-                grad = torch.empty_like(like[i], requires_grad=False).copy_(grad)
+                grad = torch.empty_like(local(like[i]), requires_grad=False).copy_(grad)
                 storage = grad.untyped_storage().data_ptr()
             storages.add(storage)
         result.append(grad)

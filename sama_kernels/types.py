@@ -130,6 +130,8 @@ class Problem:
     seed: int
     difference: str
     backend: str
+    algorithm: str
+    """With its options, for the other ranks."""
     clipping: Clipping = Clipping()
     loss_scale: Tensor | None = None
     """What every loss is multiplied by before it is differentiated, float32, 0-dim; None: 1."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,18 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
             " with the same tensors once before, on the stream of the capture"
         )
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def refuse_captured(values: Iterable[Tensor], v: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured on the device of `v` and one of these numbers is on the CPU:
+    its replays would have today's."""
+    if torch.compiler.is_compiling() or not v or not is_capturing(v[0].device):
+        return
+    if any(x.device.type == "cpu" for x in values):
+        raise RuntimeError(
+            "sama_kernels: step counters and learning rates on the CPU would be the same in every replay of the CUDA"
+            " graph that is being captured: keep them on the GPU (capturable=True, lr=torch.tensor(..., device='cuda'))"
+        )
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from emulation.places import use_emulation
 from op_cases import needs_cpu_kernels
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sama_kernels import backends
+from sama_kernels import backends, ops, upload
 
 
 def capture_cuda_graphs(functions: list[Run]) -> list[Run]:
@@ -121,3 +121,18 @@ def test_the_whole_part_is_one_compiled_function(backend: str, compiler: str) ->
         for a, b in zip(compiled.state(), eager.state(), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-6, atol=1e-9)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("what", ["steps", "lr", "scale"])
+def test_numbers_on_the_cpu_are_refused_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Every replay would have today's."""
+    v, m, w = ([torch.rand(5)] for _ in range(3))
+    monkeypatch.setattr(upload, "is_capturing", lambda device: True)
+    on_device, on_host = torch.empty((), device="meta"), torch.ones(())
+    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "maximize": False, "mode": ops.EXACT}
+    step, lr = (on_host, on_device) if what == "steps" else (on_device, on_host)
+    with pytest.raises(RuntimeError, match="on the CPU would be the same in every replay of the CUDA graph"):
+        if what == "scale":
+            ops.adapt_norm_scale(v, 0.5, lr=lr, backend="reference")
+        else:
+            ops.adapt_norm_adam(v, m, m, w, [], [], [step], lr=lr, backend="reference", **options)

@@ -153,10 +153,11 @@ def test_extra_memory_is_one_theta(device: str, backend: str) -> None:
         pytest.skip("the readable backend makes copies")
     problem = reweighting(device, width=20_000)
     size = sum(p.numel() * p.element_size() for p in problem.net.parameters())
+    saved = sum(b.numel() * b.element_size() for b in problem.net.buffers())  # statistics, which come back
     problem.meta_grad(backend)  # tables, code and handles that stay
     params, where = list(problem.net.parameters()), torch.device(device)
     plain = peak_bytes(lambda: torch.autograd.grad(problem.meta_loss(), params), where)[0]  # one theta: d, later v
-    assert peak_bytes(lambda: problem.meta_grad(backend), where)[0] < plain + 0.1 * size
+    assert peak_bytes(lambda: problem.meta_grad(backend), where)[0] < plain + saved + 0.1 * size
 
 
 @pytest.mark.gpu

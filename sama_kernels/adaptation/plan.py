@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels.adaptation import step_record
-from sama_kernels.distributed.sharded import local
+from sama_kernels.distributed.sharded import local, placed_as
 
 
 @dataclass
@@ -96,7 +96,7 @@ def gradient_of_step(p: Tensor, hyper: dict[str, Any], name: str, row: int) -> T
             " optimizer.step(), before another backward() or zero_grad(). Where a GradScaler may have skipped the"
             " step, pass grad_scaler="
         )
-    return grad
+    return placed_as(grad, p)
 
 
 Family = Callable[[GroupStep], list[OpCall]]

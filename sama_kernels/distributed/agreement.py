@@ -21,13 +21,17 @@ def describe(tensors: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], str], ..
     return tuple((tuple(t.shape), str(t.dtype)) for t in tensors)
 
 
-def agree(group: Any, description: dict[str, Any], device: torch.device) -> None:
+def agree(
+    group: Any, description: dict[str, Any], device: torch.device, at_first: dict[str, Any] | None = None
+) -> None:
     """Raise on every rank, before the first collective of a meta step, unless all are about to make the same one.
 
     The ranks exchange descriptions when theirs is new, that is at the first meta step.
 
     Arguments:
         description: by the name of the argument: anything that compares with `==` and prints well.
+        at_first: likewise, of what may change from step to step, which must not make the ranks wait every time: it is
+            compared when descriptions are exchanged.
         device: of the parameters. NCCL sends objects from the current one, which all ranks share (cuda:0) where nobody
             has called torch.cuda.set_device.
     Raises:
@@ -37,6 +41,7 @@ def agree(group: Any, description: dict[str, Any], device: torch.device) -> None
     key = tuple(description.items())
     if key in known:
         return
+    description = {**description, **(at_first or {})}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         dist.all_gather_object(everyone, description, group=group)

@@ -47,13 +47,15 @@ def _is_weight(x: Any) -> bool:
 
 
 def same_direction(problem: Problem) -> None:
-    """Raise where `fully_shard` would average gradients of lambda that belong to different theta+-."""
-    owned = any(id(p) in problem.owned for p in problem.meta_params)
-    theta = all(id(p) in problem.owned for p in problem.base_params)
-    if owned and not theta and problem.synchronisation is None and torch.distributed.get_world_size() > 1:
+    """Raise where what `fully_shard` puts together, theta+- or gradients of lambda, would belong to different v."""
+    if not problem.owned or problem.synchronisation is not None or torch.distributed.get_world_size() == 1:
+        return
+    meta_owned = any(id(p) in problem.owned for p in problem.meta_params)
+    base_owned = [id(p) in problem.owned for p in problem.base_params]
+    if (meta_owned or any(base_owned)) and not all(base_owned):
         raise ValueError(
-            'sync: "none" would perturb base_params along another v on each rank, but fully_shard averages the'
-            ' gradients of meta_params over them; pass sync="full"'
+            'sync: "none" would perturb base_params along another v on each rank, but fully_shard puts parts of them'
+            ' together, or averages the gradients of meta_params, over the ranks; pass sync="full"'
         )
 
 

@@ -24,7 +24,7 @@ from sama_kernels.distributed.agreement import Status, Verdict, agree, describe,
 from sama_kernels.distributed.alone import Alone, Form, Share
 from sama_kernels.distributed.buckets import Bucket
 from sama_kernels.distributed.reduction import OverlappedReduction
-from sama_kernels.distributed.sharded import is_sharded, mesh_size
+from sama_kernels.distributed.sharded import is_sharded, lacks_ranks
 from sama_kernels.types import Problem, Synchronisation
 
 
@@ -42,9 +42,11 @@ class Exchange(Alone):
         world, device = dist.get_world_size(group), base_params[0].device
         # FSDP averages gradients of lambda that every rank has divided by its own epsilon, which must be the same.
         meta_owned = any(id(p) in problem.owned for p in meta_params)
-        direct = how.sync == "full" or problem.update_base or meta_owned
+        # A theta of which FSDP has a part only is put together from parts that every rank has moved: by one epsilon.
+        partly = 0 < sum(id(p) in problem.owned for p in base_params) < len(base_params)
+        direct = how.sync == "full" or problem.update_base or meta_owned or partly
         _agree(problem, how)
-        _check_placements(problem, direct, world)
+        _check_placements(problem, direct, group)
         self._loss_shares = self._share_base, self._share_meta = _shares(how.weight, world, group, device)
         if problem.owned:
             self.meta_factor, self._share_meta = self._share_meta * world, 1 / world
@@ -52,7 +54,9 @@ class Exchange(Alone):
             self.base_factor, self._share_base = self._share_base * world, 1 / world
         self._times = world if how.comm_hook is not None else 1  # such a hook divides by it
         self._meta_sharded = [is_sharded(p) for p in meta_params]
-        self._hangs = bool(problem.owned)  # the collectives of FSDP's forward passes are not in our sequence
+        # The collectives of FSDP's and tensor-parallel forward passes are not in our sequence.
+        inside = (p for module in problem.reached for p in module._parameters.values())
+        self._hangs = any(map(is_sharded, (*base_params, *meta_params, *inside)))
         self._v: list[Tensor | None] = [None] * len(base_params)
         self._norm_sqs: list[Tensor] = []
         self._at_once = problem.clipping.rank_one
@@ -98,6 +102,9 @@ class Exchange(Alone):
         if not self._direct.rows:
             return super().adapted(d)
         self._direct.wait()
+        for norm_sq in self._norm_sqs:  # made on the side stream, read on this one
+            if norm_sq.is_cuda:
+                norm_sq.record_stream(torch.cuda.current_stream(norm_sq.device))
         rest = [None if row in self._direct.rows else x for row, x in enumerate(d)]
         if self._at_once:
             rest = [self._direct.view(row) if row in self._direct.rows else x for row, x in enumerate(d)]
@@ -219,24 +226,31 @@ def _agree(problem: Problem, how: Synchronisation) -> None:
         "meta_params": describe(problem.meta_params),
         "sync": how.sync,
         "update_base": problem.update_base,
+        "algorithm": problem.algorithm,
+        "adaptation": problem.adaptation,
+        "difference": problem.difference,
+        "rounding": problem.rounding,
+        "clip_coef": given[problem.clipping.coef is not None],
+        "clip_rank_one": problem.clipping.rank_one,
+        "clip_value": problem.clipping.value,
+        "grad_scaler": given[problem.loss_scale is not None],
         "weight": given[how.weight is not None],
         "bucket_mib": how.bucket_mib,
         "comm_hook": given[how.comm_hook is not None],
     }
-    agree(how.group, description, problem.base_params[0].device)
+    agree(how.group, description, problem.base_params[0].device, at_first={"alpha": problem.alpha})
 
 
-def _check_placements(problem: Problem, direct: bool, world: int) -> None:
+def _check_placements(problem: Problem, direct: bool, group: Any) -> None:
     """DTensors that nobody averages over data-parallel ranks."""
     checked = (("base_params", problem.base_params if direct else ()), ("meta_params", problem.meta_params))
     for name, params in checked:
         for i, p in enumerate(params):
-            ranks = world if id(p) in problem.owned else mesh_size(p, world)
-            if ranks < world:
+            if lacking := lacks_ranks(p, group):
                 raise ValueError(
-                    f"{name}: tensor {i} is a DTensor on {ranks} of {world} ranks, and its gradient would not be"
-                    " averaged over the others; use fully_shard on a mesh with a data-parallel dimension (a closure has"
-                    ' to reach the module), or sync="none"'
+                    f"{name}: tensor {i} is a DTensor of which rank {lacking[0]} has no part, so that its gradient"
+                    " would not be averaged over all ranks of the group; use fully_shard on a mesh with a data-parallel"
+                    ' dimension over all of them (a closure has to reach the module), or sync="none"'
                 )
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from sama_kernels.graphs import nodes
 from sama_kernels.hooks import ACCUMULATED, unhooked
 
 _ORDINARY = (Tensor, nn.Parameter)  # most of what is asked about, thousands of times in a meta step
+_ranks_of_mesh: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 Groups = tuple[Any, ...]
 """The process groups over which the elements of a tensor are divided, one per mesh dimension; () if they are not."""
 
@@ -46,6 +48,11 @@ def local(x: Any) -> Any:
         return x.to_local()
 
 
+def whole(x: Any) -> Tensor:
+    """A DTensor put together, for single numbers such as norms; anything else as it is."""
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[no-any-return]
+
+
 def like(part: Tensor, whole: Tensor) -> Tensor:
     """`part`, this rank's, as a DTensor sharded as `whole` is; as it is if that is no DTensor."""
     if not is_sharded(whole):
@@ -71,9 +78,13 @@ def groups_of(x: Any) -> Groups:
     return tuple(x.device_mesh.get_group(dim) for dim in _sharded_dims(x))
 
 
-def mesh_size(x: Any, otherwise: int) -> int:
-    """How many ranks have a part of a DTensor, copies included."""
-    return int(x.device_mesh.size()) if is_sharded(x) else otherwise
+def lacks_ranks(x: Any, group: Any) -> list[int]:
+    """Those of a process group that have no part, or copy, of a DTensor; none of any other tensor."""
+    if not is_sharded(x):
+        return []
+    if x.device_mesh not in _ranks_of_mesh:  # most models have one
+        _ranks_of_mesh[x.device_mesh] = frozenset(x.device_mesh.mesh.flatten().tolist())
+    return sorted({*dist.get_process_group_ranks(group or dist.group.WORLD)} - _ranks_of_mesh[x.device_mesh])
 
 
 def part_number(x: Any) -> int:
@@ -187,7 +198,8 @@ def gradients(loss: Tensor, inputs: Sequence[Tensor], owned: dict[int, Tensor]) 
         others = [(row, x) for row, x in enumerate(inputs) if not x.is_leaf]
         handles = [x.register_hook(_keep(kept, row)) for row, x in others]  # type: ignore[no-untyped-call]
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            # Beyond lambda that is computed from other tensors lies the caller's graph, which is not ours to free.
+            loss.backward(retain_graph=bool(others))  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:
                 handle.remove()
@@ -200,6 +212,14 @@ def _keep(kept: dict[int, Tensor], row: int) -> Callable[[Tensor], None]:
         kept[row] = grad
 
     return hook
+
+
+def placed_as(grad: Any, x: Any) -> Tensor:
+    """A gradient that lies where its parameter does: sequence parallelism leaves sums in `.grad` that are not yet made,
+    and the optimizer makes them for itself."""
+    if not is_sharded(grad) or grad.placements == x.placements:
+        return grad  # type: ignore[no-any-return]
+    return _placed(grad, x)
 
 
 def _placed(grad: Any, x: Any) -> Tensor:

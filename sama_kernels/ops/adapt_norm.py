@@ -9,6 +9,7 @@ from torch import Tensor
 from sama_kernels import backends
 from sama_kernels.backends import reference
 from sama_kernels.ops._library import define, fake_norm_sq, written
+from sama_kernels.upload import refuse_captured
 
 
 def adapt_norm_adam(
@@ -57,6 +58,7 @@ def adapt_norm_adam(
     Bytes moved per float32 element: 16 read + 4 written (+ 4 read with L2 decay, + 4 read with amsgrad).
     """
     lr_tensor, lr_float = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
+    refuse_captured([*steps, *([] if lr_tensor is None else [lr_tensor])], v)
     kernel = backends.kernel("adapt_norm_adam", backend)
     norm_sq: Tensor = kernel(
         v, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, params, steps, lr_tensor, lr_float,
@@ -76,6 +78,7 @@ def adapt_norm_scale(v: Sequence[Tensor], scale: float, *, lr: Tensor | None = N
         ||v||^2 over the list, float64, 0-dim, on v's device; summed in a fixed order.
     Bytes moved per float32 element: 4 read + 4 written (4 read if c = 1).
     """
+    refuse_captured([] if lr is None else [lr], v)
     norm_sq: Tensor = backends.kernel("adapt_norm_scale", backend)(v, lr, scale)
     written(v)
     return norm_sq

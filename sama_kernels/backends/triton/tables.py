@@ -142,13 +142,14 @@ def _configuration(dtypes: tuple[torch.dtype, ...], numel: int) -> tuple[int, in
     return 512 if torch.float64 in dtypes else 1024, 16 if numel >= _MANY else 1
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _tables(device: torch.device, stream: int, rows: tuple[tuple[int, ...], ...], chunk: int) -> tuple[Tensor, Tensor]:
     """The rows and chunks of a group on the device.
 
     Cached, because tensors rarely move between steps: parameters and optimizer state never do, gradients come back to
     the same place from torch's caching allocator. A table says nothing but where tensors are, and is found by that,
-    so it cannot be out of date. Per stream: the copy to the device is ordered before the kernels of its own only.
+    so it cannot be out of date. Buckets have one each (17 for BERT-base). Per stream: the copy to the device is ordered
+    before the kernels of its own only.
     """
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     counts = (table[:, 0] + chunk - 1) // chunk
