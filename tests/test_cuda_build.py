@@ -30,8 +30,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # How often each kernel is instantiated, and how many registers it may take with arithmetic in float32 and in float64.
 # Kernels are bound by memory: what counts is bytes under way. A multiprocessor of these GPUs has 65,536 registers, so
 # 80 of them allow three blocks of 256 threads, each thread with a pack of every operand under way: 96 KiB for the four
-# operands of adapt_norm_adam in float32 (which sm_80 and sm_90 have; sm_100 takes 96 of them, for two blocks); with 128, two blocks and 96 KiB for its six. float64 may take more: its packs
-# are larger, too.
+# operands of adapt_norm_adam in float32 (on sm_80 and sm_90); with 128, two blocks and 96 KiB for its six. float64 may
+# take more: its packs are larger, too.
 KERNELS = {
     "adam_kernel": (16, 128, 248),
     "low_bit_adam_kernel": (8, 80, 168),
