@@ -64,17 +64,16 @@ __device__ inline AdamScalars<T> block_scalars(const Table<lists>& table, const 
 // Blocks on a multiprocessor at once; 0: as the compiler likes. Plain Adam in float32 fits into the 80 registers of
 // three blocks (it takes 96, of two, if let), with all loads under way before the first is waited for. On sm_100 it
 // would spill 16 bytes, and so would the variants with more operands everywhere.
-template <class T, bool amsgrad, bool decay>
-constexpr int blocks_at_once() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-  return sizeof(T) == sizeof(float) && !amsgrad && !decay ? 3 : 0;
+template <class T, bool amsgrad, bool decay>
+constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) && !amsgrad && !decay ? 3 : 0;
 #else
-  return 0;
+template <class T, bool amsgrad, bool decay>
+constexpr int kBlocksAtOnce = 0;
 #endif
-}
 
 template <class T, bool exact, bool amsgrad, bool decay>
-__global__ void __launch_bounds__(kThreads, (blocks_at_once<T, amsgrad, decay>())) adam_kernel(
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, amsgrad, decay>) adam_kernel(
     const Table<4 + amsgrad + decay> __grid_constant__ table, const AdamArguments __grid_constant__ arguments,
     double* slots) {
   using Kernel = AdamKernel<T, exact, amsgrad, decay>;
