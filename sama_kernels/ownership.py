@@ -31,7 +31,8 @@ def own(
         if grad is not None and i not in owned:
             storage = grad.untyped_storage().data_ptr()
             exclusive = _references(grad) == (view if grad._is_view() else plain)
-            if not exclusive or storage in storages or torch._debug_has_internal_overlap(grad) != 0:
+            shared = storage != 0 and storage in storages  # 0: without elements, as the parts of small DTensors may be
+            if not exclusive or shared or torch._debug_has_internal_overlap(grad) != 0:
                 grad = torch.empty_like(local(like[i]), requires_grad=False).copy_(grad)
                 storage = grad.untyped_storage().data_ptr()
             storages.add(storage)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sama_kernels import checks, loss_checks
@@ -56,6 +57,11 @@ class _Penalty:
         self._roots = (base_params, meta_params)
 
     def _look(self, base_loss: Closure, meta_loss: Closure) -> None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} exchanges nothing between processes, whose theta and lambda would drift apart;"
+                " run it in one process, or use SAMA"
+            )
         reach = reachable((base_loss, meta_loss, *self._roots))
         self._modules, self._generators = tuple(reach.modules), tuple(reach.generators)
         self._places = places(self._modules, self._theta)

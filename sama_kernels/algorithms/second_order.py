@@ -47,7 +47,7 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
         ):
             if isinstance(algorithm, Iterative):
                 unroll = Unroll(problem, algorithm, hooks, rng, buffers, interrupts)
-                result = _result(problem, ranks, _iterative(problem, unroll.run()))
+                result = _result(problem, ranks, _iterative(problem, unroll.run()), of_meta_loss=True)
             else:
                 result = _result(problem, ranks, _implicit(problem, algorithm, hooks, ranks, rng, buffers, interrupts))
         if isinstance(algorithm, Iterative) and algorithm.advance:
@@ -142,8 +142,9 @@ def _adapted(adapt: Adapt, w: Vector, coef: Tensor | None) -> Vector:
     return [torch.zeros_like(x) if y is None else y for x, y in zip(w, v, strict=True)]
 
 
-def _result(problem: Problem, ranks: Alone, found: Found) -> MetaGradient:
-    """-mixed + explicit, averaged over the ranks."""
+def _result(problem: Problem, ranks: Alone, found: Found, of_meta_loss: bool = False) -> MetaGradient:
+    """-mixed + explicit, averaged over the ranks; `of_meta_loss`: -mixed is all of the meta loss's derivative, and
+    counts for what that does."""
     mixed, explicit, meta_loss, base_loss, norm = found
     kept = norm.isfinite()  # otherwise the result is zeros
     if problem.skipped is not False:
@@ -156,7 +157,7 @@ def _result(problem: Problem, ranks: Alone, found: Found) -> MetaGradient:
         for row, x in zip(rows, first, strict=True):
             assert x is not None
             base_share, meta_share = ranks.shares_of(row)
-            x.copy_(torch.where(degenerate, 0.0, -x * base_share))
+            x.copy_(torch.where(degenerate, 0.0, -x * (meta_share if of_meta_loss else base_share)))
             for term in scaling.explicit_terms(problem, [explicit[row]], meta_share):
                 x += torch.where(kept, term, 0.0)
             formed.append(x)

@@ -43,12 +43,13 @@ class Exchange(Alone):
         # FSDP averages gradients of lambda that every rank has divided by its own epsilon, which must be the same.
         meta_owned = any(id(p) in problem.owned for p in meta_params)
         # A theta of which FSDP has a part only is put together from parts that every rank has moved: by one epsilon.
-        partly = 0 < sum(id(p) in problem.owned for p in base_params) < len(base_params)
+        base_owned = sum(id(p) in problem.owned for p in base_params)
+        partly = 0 < base_owned < len(base_params)
         direct = how.sync == "full" or problem.update_base or meta_owned or partly
         _agree(problem, how)
         _check_placements(problem, direct, group)
         self._loss_shares = self._share_base, self._share_meta = _shares(how.weight, world, group, device)
-        if problem.owned:
+        if base_owned or meta_owned:
             self.meta_factor, self._share_meta = self._share_meta * world, 1 / world
         if meta_owned:
             self.base_factor, self._share_base = self._share_base * world, 1 / world

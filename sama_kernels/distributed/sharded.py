@@ -147,7 +147,8 @@ def synchronising(modules: Iterable[Any]) -> None:
 
 def managed(modules: Iterable[Any]) -> dict[int, Tensor]:
     """The parameters that these FSDP modules gather, and whose gradients they reduce, by id."""
-    return {id(p): p for m in modules for p in m.parameters() if is_sharded(p)}
+    params = (p.sharded_param for m in modules for group in _groups(m) for p in group.fsdp_params)
+    return {id(p): p for p in params}  # not `ignored_params`, which may be DTensors too
 
 
 def reshard(modules: Iterable[Any]) -> None:
@@ -159,7 +160,18 @@ def reshard(modules: Iterable[Any]) -> None:
                 group.device_handle.current_stream().wait_event(pending.all_gather_event)
             if pending is not None and isinstance(pending.all_gather_work, dist.Work):
                 pending.all_gather_work.wait()
+            _leave_forward(group)
+        _leave_forward(module._get_fsdp_state())
         module.reshard()
+
+
+def _leave_forward(owner: Any) -> None:
+    """A forward pass that an exception has left is not over for FSDP, which keeps the root's parameters until then."""
+    if owner._training_state.name == "FORWARD":
+        owner._training_state = type(owner._training_state).IDLE
+    context = getattr(owner, "_state_ctx", None)
+    if context is not None and context.iter_forward_root is owner:
+        context.iter_forward_root = None
 
 
 def is_freed(x: Tensor) -> bool:
