@@ -104,9 +104,11 @@ def test_csv_rows(tmp_path: Path) -> None:
     assert CSV.endswith(b"".join(r.raw for r in records))  # an open quote costs one row, not the rest of the file
 
 
-def test_tsv_and_byte_order_mark(tmp_path: Path) -> None:
+@pytest.mark.parametrize("header", [b"text\tlabel", b'"text"\t"label"'], ids=["plain", "quoted"])
+def test_tsv_and_byte_order_mark(tmp_path: Path, header: bytes) -> None:
+    """As pandas writes it with encoding="utf-8-sig", also with quoting=csv.QUOTE_ALL."""
     path = tmp_path / "rows.TSV"
-    path.write_bytes(b"\xef\xbb\xbftext\tlabel\na, b\tx\n")
+    path.write_bytes(b"\xef\xbb\xbf" + header + b"\na, b\tx\n")
     assert [(r.text, r.label) for r in scanned(path)] == [("a, b", "x")]
 
 

@@ -120,6 +120,12 @@ class TextFile(ABC):
         """(text, label) of the next row as they stand there; None at the end of the file; BadRow."""
 
 
+def _skip_mark(file: BinaryIO) -> int:
+    """Go to behind the byte order mark, if there is one; where that is."""
+    start = len(BOM) if file.read(len(BOM)) == BOM else 0
+    return file.seek(start)
+
+
 class JsonLinesFile(TextFile):
     """A JSON object in each line."""
 
@@ -127,8 +133,7 @@ class JsonLinesFile(TextFile):
         super().__init__(path, text, label)
         fields: dict[str, None] = {}
         with open(path, "rb") as file:
-            self.start = len(BOM) if file.read(len(BOM)) == BOM else 0
-            file.seek(self.start)
+            self.start = _skip_mark(file)
             for _ in range(LOOK_FOR_FIELDS):
                 reader = LineReader(file)
                 try:
@@ -169,6 +174,7 @@ class DelimitedFile(TextFile):
         super().__init__(path, text, label)
         self.delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         with open(path, "rb") as file:
+            _skip_mark(file)  # before a quote that may follow it
             reader = LineReader(file)
             try:
                 header = self._fields(reader)
@@ -177,7 +183,7 @@ class DelimitedFile(TextFile):
         if not header:
             raise ExperimentError(f"{path} has no header")
         self.start = reader.position
-        self.columns = [header[0].removeprefix(BOM.decode()), *header[1:]]
+        self.columns = header
         self.places = []
         for name, flag in ((text, "--text"), (label, "--label")):
             if self.columns.count(name) != 1:
