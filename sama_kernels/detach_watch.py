@@ -21,7 +21,7 @@ from sama_kernels.held_values import code_of, is_held
 from sama_kernels.types import Closure
 
 _DETACHING = {Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__}  # type: ignore[attr-defined]
-_INSTALLED = {"site-packages", "dist-packages", "torch"}
+_INSTALLED, _TORCH = {"site-packages", "dist-packages"}, Path(torch.__file__).parent
 READS_GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
 ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 """What a torch function mode sees where `x.grad` and `x.requires_grad` are read."""
@@ -128,7 +128,10 @@ def gives_constants(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> 
 def _in_library(frame: FrameType | None) -> bool:
     """Whether the code that calls the mode, which is the caller of this function, belongs to an installed package."""
     caller = frame.f_back if frame is not None else None
-    return caller is not None and not _INSTALLED.isdisjoint(Path(caller.f_code.co_filename).parts)
+    if caller is None:
+        return False
+    file = Path(caller.f_code.co_filename)
+    return _TORCH in file.parents or not _INSTALLED.isdisjoint(file.parts)
 
 
 def running_function() -> type[Function] | None:

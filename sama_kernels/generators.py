@@ -17,11 +17,11 @@ def is_generator(kind: type) -> bool:
     return issubclass(kind, (torch.Generator, *_of_numpy()))
 
 
-def way_back(generator: Any) -> Callable[[], None]:
+def way_back(generator: Any) -> Callable[[], object]:
     """What brings a generator to where it is now."""
     if isinstance(generator, torch.Generator):
         held = generator.get_state()
-        return lambda: _discard(generator.set_state(held))
+        return lambda: generator.set_state(held)
     if isinstance(generator, random.Random):
         drawn = generator.getstate()
         return lambda: generator.setstate(drawn)
@@ -31,10 +31,6 @@ def way_back(generator: Any) -> Callable[[], None]:
     bits = getattr(generator, "bit_generator", generator)  # of a numpy.random.Generator, or one alone
     state = bits.state
     return lambda: setattr(bits, "state", state)
-
-
-def _discard(_: object) -> None:
-    pass
 
 
 def _of_numpy() -> tuple[type, ...]:

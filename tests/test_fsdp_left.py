@@ -12,9 +12,11 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import sama_kernels as sk
 from sama_kernels.algorithms import BOME, F2SA, T1T2, Iterative
+from sama_kernels.distributed import sharded
 
 
 class Holding(nn.Module):
@@ -109,6 +111,21 @@ def test_unequal_weights_with_a_frozen_sharded_backbone() -> None:
     exact = run_ranks(2, _frozen_backbone, True)[0]
     for got in run_ranks(2, _frozen_backbone, False):
         assert relative_error(got, exact) < 1e-6
+
+
+def _ignored(rank: int, world: int) -> tuple[set[str], set[str]]:
+    mesh = init_device_mesh("cpu", (world,))
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    net[0].weight = nn.Parameter(distribute_tensor(net[0].weight.detach(), mesh, [Shard(0)]))
+    fully_shard(net, mesh=mesh, ignored_params={net[0].weight})
+    names = {id(p): name for name, p in net.named_parameters()}
+    return {names[i] for i in sharded.managed(sharded.fsdp_modules([net]))}, set(names.values())
+
+
+def test_dtensors_that_fsdp_ignores_are_not_its_own() -> None:
+    """Nobody averages their gradients."""
+    for managed, everything in run_ranks(2, _ignored):
+        assert managed == everything - {"0.weight"} and len(everything) == 4
 
 
 def _weights(rank: int, world: int, algorithm: Any) -> Tensor:

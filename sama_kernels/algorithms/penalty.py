@@ -91,7 +91,7 @@ class _Penalty:
         """z, the end of the inner steps from `start`; the meta loss at theta; the base loss at theta and at z. All
         passes of the base loss draw the same dropout masks; the generators are left as one of them and the meta loss
         leave them, so that the next step draws others; after an error as they were."""
-        torch.clear_autocast_cache()  # it may hold theta as it was before the last step
+        torch.clear_autocast_cache()  # it may hold theta and lambda as they were before the last step
         with RngState(self._generators) as rng, BufferGuard(self._modules, self._theta) as buffers:
             z = self._descend(base_loss, start, rng)
             rng.restore()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -43,7 +42,7 @@ def second_order(problem: Problem, algorithm: Algorithm) -> MetaGradient:
             quiet(problem.reached),
             unhooked(problem.meta_params),
             unhooked(problem.base_params),  # they belong to the base gradient, and are applied to it
-            uncompiled() if problem.compiled else nullcontext(),
+            uncompiled(),
         ):
             if isinstance(algorithm, Iterative):
                 unroll = Unroll(problem, algorithm, hooks, rng, buffers, interrupts)
