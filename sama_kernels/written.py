@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-class _Before(NamedTuple):
-    """A parameter as a closure found it. `alias` keeps its memory; None if there is none of its own that could be
-    compared (a DTensor, a quantised one)."""
-
-    version: int
-    alias: Tensor | None
+_PLAIN = (Tensor, nn.Parameter)  # not DTensors or quantised parameters, whose memory is not compared
 
 
 @contextmanager
@@ -34,16 +27,17 @@ def unwritten(name: str, base_params: Sequence[Tensor], others: Sequence[Tensor]
         RuntimeError: it did.
     """
     watched = (*base_params, *others)
-    before = [*map(_before, watched)]
+    versions = [p._version for p in watched]
+    aliases = [(i, p, p.detach()) for i, p in enumerate(watched) if type(p) in _PLAIN]  # they keep the memory
     replaced: list[int] = []
     try:
         yield
     finally:
-        for i, (param, was) in enumerate(zip(watched, before, strict=True)):
-            if was.alias is not None and param.data_ptr() != was.alias.data_ptr() and _differ(param, was.alias):
-                param.data = was.alias
+        for i, param, alias in aliases:
+            if param.data_ptr() != alias.data_ptr() and _differ(param, alias):
+                param.data = alias
                 replaced.append(i)
-    written = [i for i, (x, was) in enumerate(zip(watched, before, strict=True)) if _version(x) != was.version]
+    written = [i for i, (p, version) in enumerate(zip(watched, versions, strict=True)) if p._version != version]
     changed = sorted({*replaced, *written})
     if not changed:
         return
@@ -64,19 +58,11 @@ def unwritten(name: str, base_params: Sequence[Tensor], others: Sequence[Tensor]
 
 
 def parameters_besides(modules: Iterable[nn.Module], *known: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The modules' parameters that are in none of the lists `known`, each once."""
+    """The parameters in none of the lists `known`, each once; not those without memory of their own, or versions."""
     listed = {id(x) for tensors in known for x in tensors}
     found = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-    return tuple(p for key, p in found.items() if key not in listed and not nn.parameter.is_lazy(p))
-
-
-def _before(param: Tensor) -> _Before:
-    plain = type(param) in (Tensor, nn.Parameter) and param.layout == torch.strided
-    return _Before(_version(param), param.detach() if plain else None)
-
-
-def _version(param: Tensor) -> int:
-    return 0 if param.is_inference() else param._version
+    others = (p for key, p in found.items() if key not in listed)
+    return tuple(p for p in others if not (nn.parameter.is_lazy(p) or p.is_inference() or p.layout != torch.strided))
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
