@@ -23,7 +23,7 @@ import torch
 
 from bench import algorithm_table, peers, plots
 from bench.algorithm_cases import ATTENTION, OURS, Case, Task, compare, ours
-from bench.measure import machine
+from bench.measure import BUSY, disturbed, machine
 from bench.memory_ladder import ladder
 from bench.meta_step import SIZES
 from bench.timing import CpuClock, CudaClock, Times, interleaved, spread
@@ -32,7 +32,6 @@ from sama_experiments.common.memory import CPU_MEASURE, CUDA_MEASURE, peak_bytes
 Row = dict[str, Any]
 UNROLLS = (10, 1)
 PLAIN, WEIGHTED = "plain finetuning", "weighted base step"
-QUIET_LOAD = 1.5
 SAME = 1e-3  # relative distance of meta gradients in float32, for the same function; seen: at most 5e-5
 
 
@@ -153,7 +152,7 @@ def run(options: argparse.Namespace, device: torch.device) -> list[Row]:
     live = live_bytes(task, cases, device)
     times = seconds(task, cases, options.rounds, options.seconds, device)
     about |= {"missing_peers": missing, "load_after": os.getloadavg()[0]}
-    about["disturbed"] |= about["load_after"] > torch.get_num_threads() + QUIET_LOAD
+    about["disturbed"] |= about["load_after"] > torch.get_num_threads() + BUSY * about["machine"]["cpus"]
     return [about, *agreed, *rows_of(cases, UNROLLS, options.batch, times, live)]
 
 
@@ -166,7 +165,7 @@ def header(options: argparse.Namespace, device: torch.device) -> Row:
         "settings": settings,
         "attention": ATTENTION,
         "memory_measure": CUDA_MEASURE if device.type == "cuda" else CPU_MEASURE,
-        "disturbed": about["load"] > QUIET_LOAD,
+        "disturbed": disturbed(about),
         "machine": about,
     }
 

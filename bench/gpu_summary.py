@@ -1,4 +1,4 @@
-"""summary.json of `make gpu`, from the list of steps that bench/gpu.sh keeps: name, exit status, seconds, limit."""
+"""summary.json of `make gpu`, from `steps` (name, exit status, seconds, limit) and `tests.xml`, which bench/gpu.sh keeps."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_counts(path: Path) -> dict[str, int] | None:
 def main(arguments: list[str] | None = None) -> int:
     """Write it, print it; exit status 1 if a step failed or a backend cannot run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("steps", type=Path)
+    parser.add_argument("kept", type=Path, help="folder with the two")
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", required=True, choices=list(MADE_FOR))
     options = parser.parse_args(arguments)
-    steps = [step(line) for line in options.steps.read_text().splitlines()]
+    steps = [step(line) for line in (options.kept / "steps").read_text().splitlines()]
     device = torch.device(options.device)
     reasons = {name: backends.unavailable(name, device) for name in MADE_FOR[device.type]}
-    tests = test_counts(options.out / "tests.xml")
+    tests = test_counts(options.kept / "tests.xml")
     skipping_counts = device.type == "cuda"  # on a GPU nothing may be left out
     good = ("ok",) if skipping_counts else ("ok", "skipped")
     counted = tests is not None and not (skipping_counts and tests["tests"] == tests["skipped"])

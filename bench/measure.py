@@ -14,6 +14,8 @@ import torch
 
 from sama_experiments.common import records
 
+BUSY = 0.5  # load per CPU
+
 
 def interleaved(work: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of every candidate, `rounds` times each, one after the other within a round.
@@ -62,6 +64,11 @@ def machine() -> dict[str, Any]:
         **(gpu() if torch.cuda.is_available() else {}),
         "commit": commit(),
     }
+
+
+def disturbed(about: dict[str, Any]) -> bool:
+    """Whether other programs kept the CPUs busy before the run; `about`: `machine()` of then."""
+    return bool(about["load"] > BUSY * about["cpus"])
 
 
 def gpu() -> dict[str, Any]:

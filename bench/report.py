@@ -1,8 +1,8 @@
 """Plots and the Markdown table from the results of `bench.kernels`: `python -m bench.report [--write]`.
 
 Reads RESULTS/kernels_<device>.jsonl, draws RESULTS/kernels_<device>.png (share of the copy bandwidth, and speedup over
-the baselines, per op, list and dtype) and prints the tables; with --write they replace what stands in README.md between
-`<!-- bench:kernels -->` and `<!-- /bench:kernels -->`.
+the baselines, per op, list and dtype) and prints the tables; with --write they replace what stands between
+`<!-- bench:kernels -->` and `<!-- /bench:kernels -->`: those of the CPU in README.md, those of the GPU in docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -67,13 +67,16 @@ def notes(rows: Iterable[Row]) -> list[str]:
     return [row["note"] for row in rows if "note" in row]
 
 
+def on_gpu(rows: list[Row]) -> bool:
+    return any(row["device"] == "cuda" for row in measured(rows))
+
+
 def heading(rows: list[Row]) -> str:
     first, about = measured(rows)[0], rows[0]["machine"]
     versions = about["versions"]
-    on_gpu = first["device"] == "cuda"
-    where = f"{about['gpu']}, driver {about.get('driver')}" if on_gpu else processor(about, first["threads"])
+    where = f"{about['gpu']}, driver {about.get('driver')}" if on_gpu(rows) else processor(about, first["threads"])
     parts = [where, f"torch {versions['torch']}"]
-    if on_gpu:
+    if on_gpu(rows):
         parts += [f"CUDA {versions.get('cuda')}", f"Triton {versions.get('triton')}"]
     commits = ", ".join(dict.fromkeys(row["machine"]["commit"] for row in rows))
     parts += [f"commit {commits}", f"fewest and most rounds: {round_numbers(rows)}"]
@@ -141,8 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Draw, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="FOLDER")
-    parser.add_argument("--write", action="store_true", help="put the tables into --readme")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--write", action="store_true", help="put the tables into these pages:")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="those of the CPU")
+    parser.add_argument("--gpu-page", type=Path, default=Path("docs/gpu.md"), help="those of the GPU")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
     try:
@@ -150,15 +154,16 @@ def main(arguments: list[str] | None = None) -> int:
         if not files:
             raise ReportError(f"{options.results} has no kernels_*.jsonl: run `python -m bench.kernels --out FOLDER`")
         runs = {path: read(path) for path in files}
-        text = "\n\n".join(markdown(rows) for rows in runs.values())
+        tables = {options.gpu_page if on_gpu(rows) else options.readme: markdown(rows) for rows in runs.values()}
         if not options.no_plots:
             from bench import plots
 
             for path, rows in runs.items():
                 plots.draw(measured(rows), path.with_suffix(".png"))
-        print(text)
+        print("\n\n".join(tables.values()))
         if options.write:
-            write_between_markers(options.readme, text)
+            for page, text in tables.items():
+                write_between_markers(page, text)
     except ReportError as error:
         parser.exit(1, f"bench.report: {error}\n")
     return 0

@@ -9,13 +9,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from bench.measure import disturbed
 from bench.model import measured_table
 from bench.model_checks import compare_measured
 from bench.model_steps import LABEL
 from bench.report import ReportError, milliseconds, processor, read, write_between_markers
 
 BEGIN, END = "<!-- bench:scaling -->", "<!-- /bench:scaling -->"
-BUSY = 0.5  # load per CPU before the run
 Row = dict[str, Any]
 LAMBDAS = {
     "small": "λ of {:,} elements (a Meta-Weight-Net), replicated",
@@ -29,12 +29,6 @@ NAMES = [
 
 def steps_of(records: list[Row]) -> list[Row]:
     return [row for row in records if row["kind"] == "step"]
-
-
-def disturbed(records: list[Row]) -> bool:
-    """Whether other programs kept the CPUs busy before the run."""
-    about = records[0]["machine"]
-    return bool(about["load"] > BUSY * about["cpus"])
 
 
 def heading(records: list[Row]) -> str:
@@ -53,7 +47,7 @@ def heading(records: list[Row]) -> str:
         f"**Measured.** {', '.join(parts)}. BERT ({first['model']}), θ of {first['theta_elements']:,} elements, fp32;"
         f" {batch}, of {first['tokens']} tokens; buckets of {first['bucket_mib']} MiB. Repeat with `{command}`."
     )
-    if disturbed(records):
+    if disturbed(about):
         text += " **Other programs ran on this machine: the times are disturbed.**"
     if first["quick"]:
         text += " **--quick: a trial, not a result.**"
@@ -139,7 +133,7 @@ def report(path: Path, plot: bool, page: Path | None) -> None:
         from bench import plots
 
         records = read(path)
-        plots.measured_scaling(steps_of(records), path.with_suffix(".png"), disturbed(records))
+        plots.measured_scaling(steps_of(records), path.with_suffix(".png"), disturbed(records[0]["machine"]))
     if page is not None:
         write_between_markers(page, text, BEGIN, END)
 

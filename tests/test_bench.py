@@ -194,9 +194,16 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kernels_cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["--results", str(tmp_path), "--write", "--readme", str(readme)]
+    about = made_row()["machine"] | {"gpu": "A GPU", "driver": "1.2"}
+    on_gpu = json.dumps(made_row(device="cuda", contender="cuda", median_s=0.125, machine=about))
+    (tmp_path / "kernels_cuda.jsonl").write_text(on_gpu + "\n")
+    page = tmp_path / "gpu.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    arguments = ["--results", str(tmp_path), "--write", "--readme", str(readme), "--gpu-page", str(page)]
     assert report.main(arguments) == 0
     first = readme.read_text()
+    assert "A GPU, driver 1.2" in page.read_text() and "| `restore` | 12 | 125 [" in page.read_text()
+    assert "A GPU" not in first and "A processor" not in page.read_text()
     assert "| `restore` | 12 | 250 [200, 300] | 87% | 4.2 |" in first
     assert "A processor (X), 4 of 8 CPUs" in first and "commit abc" in first and "python -m bench.kernels" in first
     assert "- cuda backend unavailable: a reason" in first and "old" not in first
@@ -239,7 +246,7 @@ def test_gpu_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite tests="5" failures="1" errors="0" skipped="2"/></testsuites>'
     )
-    assert gpu_summary.main([str(steps), str(tmp_path), "--device", "cpu"]) == 1
+    assert gpu_summary.main([str(tmp_path), str(tmp_path), "--device", "cpu"]) == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [step["status"] for step in summary["steps"]] == ["ok", "out of time", "skipped"]
     assert summary["tests"] == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2} and not summary["ok"]
@@ -247,7 +254,7 @@ def test_gpu_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for names, status in ((["build", "tests"], 1), (["kernels"], 0), ([], 1)):  # ONLY; pytest wrote no counts
         steps.write_text("".join(f"{name}\t0\t30\t150\n" for name in names))
         (tmp_path / "tests.xml").unlink(missing_ok=True)
-        assert gpu_summary.main([str(steps), str(tmp_path), "--device", "cpu"]) == status
+        assert gpu_summary.main([str(tmp_path), str(tmp_path), "--device", "cpu"]) == status
 
 
 def test_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,23 @@ def test_adam(place: Place, dtype: torch.dtype, state: torch.dtype, mode: int, o
         torch.testing.assert_close(norm, sum(x.double().square().sum() for x in kernel), rtol=1e-12, atol=0)
 
 
+@needs_cpu_kernels
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_adam_at_every_exponent(place: Place, eps: float) -> None:
+    """Roots and reciprocals are rounded as the CPU's are, at both ends of the range as in the middle."""
+    numel = 1 << 16
+    case = Adam([(numel,)], F32, F32, mode=ops.EXACT)
+    case.scalars["eps"] = eps
+    w = torch.randint(0, 2**31, (numel,), dtype=torch.int32).view(F32)
+    w = torch.where(w > 2.0**100, 2.0**-149 * torch.rand(numel), w)  # no reciprocal is a denormal; some w are 0
+    w[:3] = torch.tensor([0.0, math.inf, math.nan])
+    assert len(torch.frexp(w[3:]).exponent.unique()) > 225  # of 250
+    case.exp_avg_sqs = [w]
+    (compiled,), _ = case.run("cpu")
+    (kernel,), _ = place.adam(case)
+    assert same_bits(kernel, compiled) and kernel.isfinite().any()
+
+
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("distinct", [1, 16, 17])
 def test_steps_and_lr_on_host_and_device(place: Place, where: str, distinct: int) -> None:

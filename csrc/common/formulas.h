@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "arithmetic.h"
 #include "dtypes.h"
 
 namespace sama {
@@ -50,12 +51,12 @@ template <class T, bool exact, bool amsgrad, bool decay>
 SAMA_INLINE T adam_element(const AdamScalars<T>& k, T d, T g, T m, T w, T w_max, T p) {
   const T zero = 0, one = 1;
   const T second = amsgrad ? w_max : w;
-  const T s = std::sqrt(second) * k.inv_sqrt_c2;
+  const T s = square_root(second) * k.inv_sqrt_c2;
   const T q = s + k.eps;
   // One division serves 1/q and 1/(s q): the divider, not memory, bounds this loop for 16-bit storage.
   const bool empty = second == zero;
   const T divisor = empty ? one : s;
-  const T inv_sq = q == zero ? zero : one / (divisor * q);
+  const T inv_sq = inverse_or_zero(divisor * q, q == zero);
   const T inv_q = inv_sq * divisor;
   T gradient = k.sign * g;
   if (decay) gradient = gradient + k.weight_decay * (p + k.rate * (m * inv_q));

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "arithmetic.h"
 #include "dtypes.h"
 #include "inline.h"
 
@@ -129,15 +130,15 @@ SAMA_INLINE T ratio_derivative(const MomentsScalars<T>& k, const MomentsElement<
     // 0 where it is negative by rounding; NaN stays. Not by a comparison, from which GCC would make a branch.
     second = T(0.5) * (second + std::abs(second));
   }
-  const T s = std::sqrt(second);
+  const T s = square_root(second);
   const T q = k.kappa * s + k.eps;
   // One division serves 1/q and 1/(s q): the divider, not memory, bounds this loop for 16-bit storage.
   const bool empty = second == zero;
   const T divisor = empty ? one : s;
-  const T inv_sq = q == zero ? zero : one / (divisor * q);
+  const T inv_sq = inverse_or_zero(divisor * q, q == zero);
   const T inv_q = inv_sq * divisor;
   T bound = zero;
-  if constexpr (Variant::decay == Decay::Implicit) bound = (centered ? std::sqrt(x.w) : s) * k.inv_sqrt_omega;
+  if constexpr (Variant::decay == Decay::Implicit) bound = (centered ? square_root(x.w) : s) * k.inv_sqrt_omega;
   const T g = effective_gradient<T, Variant>(k, x, q, bound);
   T numerator = k.a * g;
   if constexpr (Variant::firsts && !centered) numerator = numerator + k.b * x.m;
@@ -150,9 +151,9 @@ SAMA_INLINE T ratio_derivative(const MomentsScalars<T>& k, const MomentsElement<
 
 template <class T, class Variant>
 SAMA_INLINE T maximum_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
-  const T zero = 0, one = 1;
+  const T zero = 0;
   const T n = x.w;
-  const T inv_n = n == zero ? zero : one / n;
+  const T inv_n = inverse_or_zero(n, n == zero);
   const T g = effective_gradient<T, Variant>(k, x, n, n);
   const T size = std::abs(g);
   const T scale = Variant::decay == Decay::None ? n : n + k.weight_decay * std::abs(x.p);
@@ -173,7 +174,7 @@ SAMA_INLINE T halley(const MomentsScalars<T>& k, T known, T pull, T bound) {
   SAMA_UNROLL
   for (int i = 0; i < kHalleySteps; ++i) {
     const T square = k.kappa + y * y;
-    const T s = std::sqrt(square);
+    const T s = square_root(square);
     const T value = s * (y - known) - pull * y;
     const T slope = s * square - lift;
     const T rest = slope * slope - T(1.5) * (lift * (y * value));
@@ -187,7 +188,7 @@ template <class T, class Variant>
 SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
   const T zero = 0, one = 1;
   const T spread = x.w + k.eps;
-  const T inv = spread == zero ? zero : one / spread;
+  const T inv = inverse_or_zero(spread, spread == zero);
   T known = k.sign * x.g; // and weight_decay theta after the step: 0 where u is
   if constexpr (Variant::decay == Decay::Implicit) known = known + k.weight_decay * x.p;
   // The cells that "paper" leaves out are made 0 here and not at the end, until where it takes registers on a GPU.
@@ -195,7 +196,7 @@ SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<
   const T size = ((x.m + k.kappa * k.eps) * inv) * kept;
   T square, share; // omega g^2, and over w + eps
   if constexpr (Variant::decay == Decay::Implicit) {
-    const T y = halley(k, known * std::sqrt(k.omega * inv), k.decay_g * std::sqrt(size), std::sqrt(x.w * inv));
+    const T y = halley(k, known * square_root(k.omega * inv), k.decay_g * square_root(size), square_root(x.w * inv));
     share = y * y;
     square = share * spread;
   } else {
@@ -203,7 +204,7 @@ SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<
     share = square * inv;
   }
   const T rest = k.kappa + share;
-  const T rms = std::sqrt(rest == zero ? zero : size / rest); // delta / g
+  const T rms = square_root(size * inverse_or_zero(rest, rest == zero)); // delta / g
   T r = x.w - square;
   r = std::abs(r) <= k.noise * x.w ? zero : r;
   return rms * ((r + k.eps) * inv);

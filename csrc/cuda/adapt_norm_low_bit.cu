@@ -13,6 +13,7 @@ struct LowBitArguments {
   double beta1, beta2, eps;
   BiasCorrections corrections;
   int32_t block_size;
+  int32_t shift; // block_size is 2^shift; -1 if it is no power of two
 };
 static_assert(sizeof(LowBitArguments) + sizeof(double*) <= kParameterBytes - kTableBytes, "fits beside the table");
 
@@ -71,6 +72,13 @@ struct ScalePlace {
   uint32_t before;
 };
 
+// Where the element that comes `from` elements behind the beginning of block `block` belongs.
+__device__ inline ScalePlace place(int64_t block, uint32_t from, const LowBitArguments& a) {
+  const uint32_t block_size = uint32_t(a.block_size);
+  if (a.shift >= 0) return {block + (from >> a.shift), from & (block_size - 1)}; // a division takes 20 instructions
+  return {block + from / block_size, from % block_size};
+}
+
 // A pack of a moment; `scales`: that of its first element, which is `scale`, and those behind it.
 template <class T, bool packed>
 __device__ inline void dequantise(
@@ -110,8 +118,7 @@ __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kerne
   const ScalePlace chunk{block, uint32_t(span.start - block * block_size)};
   double sum = 0.0;
   for_each_pack(span, [&](int64_t index, int left) {
-    const uint32_t from = chunk.before + uint32_t(span.length - left);
-    const ScalePlace pack{chunk.block + from / block_size, from % block_size};
+    const ScalePlace pack = place(chunk.block, chunk.before + uint32_t(span.length - left), arguments);
     Words<T> words, grad_words;
     load(v, index, left, words);
     load(grad, index, left, grad_words);
@@ -136,6 +143,13 @@ __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kerne
   });
   sum = block_sum(sum);
   if (threadIdx.x == 0) slots[blockIdx.x] = sum;
+}
+
+// log2 of a power of two, else -1.
+int32_t shift_of(int64_t block_size) {
+  for (int32_t shift = 0; shift < 31; ++shift)
+    if (int64_t(1) << shift == block_size) return shift;
+  return -1;
 }
 
 struct LowBitCall {
@@ -187,7 +201,8 @@ Tensor adapt_norm_low_bit_adam(
   const Launcher launch(op, v[0]);
   operands.finish();
   const StepCorrections corrections(launch, v[0], counters, beta1, beta2);
-  const LowBitArguments arguments{rate, beta1, beta2, eps, corrections.argument(), int32_t(block_size)};
+  const LowBitArguments arguments{
+      rate, beta1, beta2, eps, corrections.argument(), int32_t(block_size), shift_of(block_size)};
   const Slots slots(v[0], total_chunks(operands), 1);
   static constexpr void (*variants[4])(const LowBitCall&) = {
       launch_both<false, false>, launch_both<false, true>, launch_both<true, false>, launch_both<true, true>};

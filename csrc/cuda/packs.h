@@ -153,12 +153,33 @@ __device__ inline void widen(const Words<T>& words, Dtype dtype, T (&values)[kPa
   });
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Two numbers in one instruction, for which S::narrow takes a dozen. The same bits, but for those of NaN.
+template <class S>
+__device__ inline uint32_t narrow_two(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<S, BF16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+#else
+template <class S>
+__device__ inline uint32_t narrow_two(float low, float high) {
+  return S::narrow(low) | uint32_t(S::narrow(high)) << 16;
+}
+#endif
+
 // Only to dtypes whose arithmetic is in T.
 template <class T>
 __device__ inline void narrow(const T (&values)[kPack], Dtype dtype, Words<T>& words) {
   with_storage<T>(dtype, [&](auto s) {
     using S = decltype(s);
-    if constexpr (sizeof(typename S::Compute) == sizeof(T)) {
+    if constexpr (sizeof(typename S::Word) == 2 && sizeof(T) == 4) {
+      SAMA_UNROLL
+      for (int i = 0; i < kPack; i += 2) words.word[i / 2] = narrow_two<S>(values[i], values[i + 1]);
+    } else if constexpr (sizeof(typename S::Compute) == sizeof(T)) {
       SAMA_UNROLL
       for (int i = 0; i < kPack; ++i) set<S>(words, i, S::narrow(values[i]));
     }

@@ -115,7 +115,7 @@ def _delta(x: dict[str, Tensor], k: Scalars) -> Tensor:
         square = k.omega * (known * known)
         share = square * inv
     rest = k.kappa + share
-    rms = torch.where(rest == 0, 0.0, size / rest).sqrt()  # delta / g
+    rms = (size * torch.where(rest == 0, 0.0, 1 / rest)).sqrt()  # delta / g
     r = w - square
     r = torch.where(r.abs() <= k.noise * w, 0.0, r)
     return rms * ((r + k.eps) * inv)

@@ -244,7 +244,7 @@ def _delta(gradient, m, w, theta, scalars, DECAY: tl.constexpr):
         square = omega * (known * known)
         share = square * inv
     rest = kappa + share
-    rms = sqrt(tl.where(rest == 0.0, 0.0, divide(size, rest)))  # delta / g
+    rms = sqrt(size * tl.where(rest == 0.0, 0.0, divide(one, rest)))  # delta / g
     r = w - square
     r = tl.where(tl.abs(r) <= noise * w, 0.0, r)
     return rms * ((r + eps) * inv)
