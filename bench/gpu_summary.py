@@ -1,4 +1,4 @@
-"""summary.json of `make gpu`, from `steps` (name, exit status, seconds, limit) and `tests.xml`, which bench/gpu.sh keeps."""
+"""summary.json of `make gpu`, from what bench/gpu.sh keeps: `steps` (name, exit status, seconds, limit), tests.xml."""
 
 from __future__ import annotations
 
