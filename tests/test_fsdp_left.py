@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel import Divided
 from problems import flat, relative_error
 from ranks import run_ranks
@@ -46,10 +47,10 @@ def _problem(rank: int, world: int, sharded: bool) -> tuple[Divided, Any]:
     return problem, torch.optim.SGD(net.parameters(), lr=0.1)
 
 
-def _meta_grad(problem: Divided, optimizer: Any, sync: str) -> Tensor:
+def _meta_grad(problem: Divided, optimizer: Any, sync: str, **options: Any) -> Tensor:
     out = sk.meta_grad(
         lambda: problem.base_loss(), problem.meta_loss, base_params=problem.net, meta_params=problem.weigher,
-        optimizer=optimizer, adaptation="none", alpha=0.5, sync=sync,
+        optimizer=optimizer, adaptation="none", alpha=0.5, sync=sync, **options,
     )  # fmt: skip
     return flat(out.grads)
 
@@ -111,6 +112,24 @@ def test_unequal_weights_with_a_frozen_sharded_backbone() -> None:
     exact = run_ranks(2, _frozen_backbone, True)[0]
     for got in run_ranks(2, _frozen_backbone, False):
         assert relative_error(got, exact) < 1e-6
+
+
+def _group_of_half_the_mesh(rank: int, world: int, weighted: bool) -> str:
+    problem, optimizer = _problem(rank, world, True)
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    weight = {"weight": problem.weight} if weighted else {}
+    try:
+        _meta_grad(problem, optimizer, "full", group=halves[rank // 2], **weight)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_weights_of_a_group_of_half_the_mesh() -> None:
+    """FSDP averages over all of the mesh, so that shares of a half's sum were the wrong ones, without a word."""
+    for rank, said in enumerate(run_ranks(4, _group_of_half_the_mesh, True)):
+        assert said.startswith(f"weight: fully_shard averages gradients over rank {2 if rank < 2 else 0} too")
+    assert run_ranks(4, _group_of_half_the_mesh, False) == [""] * 4
 
 
 def _ignored(rank: int, world: int) -> tuple[set[str], set[str]]:

@@ -24,7 +24,7 @@ from sama_kernels.distributed.agreement import Status, Verdict, agree, describe,
 from sama_kernels.distributed.alone import Alone, Form, Share
 from sama_kernels.distributed.buckets import Bucket
 from sama_kernels.distributed.reduction import OverlappedReduction
-from sama_kernels.distributed.sharded import is_sharded, lacks_ranks
+from sama_kernels.distributed.sharded import averages_over, fsdp_modules, is_sharded, lacks_ranks
 from sama_kernels.types import Problem, Synchronisation
 
 
@@ -48,6 +48,8 @@ class Exchange(Alone):
         direct = how.sync == "full" or problem.update_base or meta_owned or partly
         _agree(problem, how)
         _check_placements(problem, direct, group)
+        if how.weight is not None:
+            _check_weighted(problem, group)
         self._loss_shares = self._share_base, self._share_meta = _shares(how.weight, world, group, device)
         if base_owned or meta_owned:
             self.meta_factor, self._share_meta = self._share_meta * world, 1 / world
@@ -253,6 +255,17 @@ def _check_placements(problem: Problem, direct: bool, group: Any) -> None:
                     " would not be averaged over all ranks of the group; use fully_shard on a mesh with a data-parallel"
                     ' dimension over all of them (a closure has to reach the module), or sync="none"'
                 )
+
+
+def _check_weighted(problem: Problem, group: Any) -> None:
+    """Weights are shares of the group's sum, so FSDP must not average over other ranks."""
+    ranks = {*dist.get_process_group_ranks(group or dist.group.WORLD)}
+    params = (*problem.base_params, *problem.meta_params)
+    if others := sorted(averages_over(fsdp_modules(problem.reached), params) - ranks):
+        raise ValueError(
+            f"weight: fully_shard averages gradients over rank {others[0]} too, which is not in `group`, and whose"
+            " weight is not known; pass a group of all ranks of its mesh, or leave weight out"
+        )
 
 
 def _shares(

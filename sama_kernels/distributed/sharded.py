@@ -151,6 +151,13 @@ def managed(modules: Iterable[Any]) -> dict[int, Tensor]:
     return {id(p): p for p in params}  # not `ignored_params`, which may be DTensors too
 
 
+def averages_over(modules: Iterable[Any], params: Iterable[Tensor]) -> set[int]:
+    """The ranks over which these FSDP modules average the gradients of `params`."""
+    ours = {id(p) for p in params}
+    groups = (g for m in modules for g in _groups(m) if any(id(p.sharded_param) in ours for p in g.fsdp_params))
+    return {rank for group in groups for rank in group.mesh_info.mesh.mesh.flatten().tolist()}
+
+
 def reshard(modules: Iterable[Any]) -> None:
     """Let go of the parameters that FSDP has gathered: the next forward pass gathers them from the moved parts."""
     for module in modules:
