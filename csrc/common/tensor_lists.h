@@ -39,8 +39,8 @@ class TensorLists {
   int add(const char* name, const TensorList& tensors, bool written = false);
   // Like `add`, but an empty list means "not given": returns -1.
   int add_optional(const char* name, const TensorList& tensors);
-  // Adds a list of contiguous tensors of this dtype and of shapes of their own, which the kernels read as they lie. They
-  // number the elements of the other lists in row-major order, which makes it the only one in which those are `flat`.
+  // Adds a list of contiguous tensors of this dtype and of shapes of their own, which the kernels read as they lie.
+  // They number the elements of the other lists in row-major order, the only one in which those are then `flat`.
   int add_in_row_major_order(const char* name, const TensorList& tensors, int32_t dtype, const char* dtype_name);
   void require_same_dtype(int a, int b) const;
 
