@@ -5,14 +5,12 @@
 namespace sama {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-std::string at(const std::string& list, size_t index) { return list + "[" + std::to_string(index) + "]"; }
+std::string at(const std::string& list, size_t index) { return Name(list.c_str(), int64_t(index)).text(); }
 
 void add_moments(const char* op, TensorLists& operands, const std::string (&names)[3], const StoredMoments& moments) {
-  operands.add_in_row_major_order(names[kCodes].c_str(), moments.codes, ScalarType::Byte, "uint8");
-  operands.add_in_row_major_order(names[kScales].c_str(), moments.scales, ScalarType::Float, "float32");
-  operands.add_in_row_major_order(names[kLookup].c_str(), moments.tables, ScalarType::Float, "float32");
+  operands.add_in_row_major_order(names[kCodes].c_str(), moments.codes, aoti_torch_dtype_uint8(), "uint8");
+  operands.add_in_row_major_order(names[kScales].c_str(), moments.scales, aoti_torch_dtype_float32(), "float32");
+  operands.add_in_row_major_order(names[kLookup].c_str(), moments.tables, aoti_torch_dtype_float32(), "float32");
 }
 
 void check_numbers(

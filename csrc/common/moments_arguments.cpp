@@ -5,7 +5,7 @@
 namespace sama {
 namespace {
 
-const double* checked_coefficients(const char* op, const Tensor& coefficients, const Tensor& like, int64_t count) {
+const double* checked_coefficients(const char* op, const Tensor& coefficients, TensorRef like, int64_t count) {
   if (coefficients.scalar_type() != torch::headeronly::ScalarType::Double) fail(op, "coefficients must be float64");
   const auto sizes = coefficients.sizes();
   const bool shaped = sizes.size() == 2 && sizes[0] == count && sizes[1] == kCoefficients;
@@ -15,7 +15,7 @@ const double* checked_coefficients(const char* op, const Tensor& coefficients, c
     fail(op, "coefficients must be a contiguous tensor of shape [" + std::to_string(count) + ", " +
                  std::to_string(kCoefficients) + "], not [" + shape + "]");
   }
-  if (coefficients.is_cpu() != like.is_cpu() || coefficients.get_device_index() != like.get_device_index())
+  if (coefficients.is_cpu() != like.is_cpu() || coefficients.get_device_index() != like.device_index())
     fail(op, "coefficients is not on the device of v[0]");
   return static_cast<const double*>(coefficients.data_ptr());
 }

@@ -20,7 +20,7 @@ inline std::vector<BiasCorrection> bias_corrections(
   std::vector<BiasCorrection> corrections;
   corrections.reserve(steps.size());
   for (size_t i = 0; i < steps.size(); ++i) {
-    const double t = read_scalar(op, "steps[" + std::to_string(i) + "]", steps[i]);
+    const double t = read_scalar(op, Name("steps", int64_t(i)), steps[i]);
     if (i > 0 && t == corrections.back().t) // nearly always: two pow per tensor saved
       corrections.push_back(corrections.back());
     else

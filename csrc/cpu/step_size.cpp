@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> step_size(const TensorList& norm_sqs, double 
   if (norm_sqs.empty()) fail(op, "norm_sqs is empty");
   double sum = 0.0;
   for (size_t i = 0; i < norm_sqs.size(); ++i)
-    sum += read_double(op, "norm_sqs[" + std::to_string(i) + "]", norm_sqs[i], "adapt_norm");
+    sum += read_double(op, Name("norm_sqs", int64_t(i)), norm_sqs[i], "adapt_norm");
   const double norm = std::sqrt(sum);
   const bool degenerate = !(std::isfinite(norm) && norm > tiny);
   Tensor flag = torch::stable::empty({}, torch::headeronly::ScalarType::Bool);

@@ -6,10 +6,10 @@ namespace sama {
 namespace {
 
 // Row-major dimensions without those of size 1, neighbours merged where one stride can walk both.
-std::vector<Dim> collapsed(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
+std::vector<Dim> collapsed(TensorRef tensor) {
+  const int64_t *const sizes = tensor.sizes(), *const strides = tensor.strides();
   std::vector<Dim> dims;
-  for (size_t d = 0; d < sizes.size(); ++d) {
+  for (int64_t d = 0, count = tensor.dim(); d < count; ++d) {
     if (sizes[d] == 1) continue;
     if (!dims.empty() && dims.back().stride == sizes[d] * strides[d])
       dims.back() = {dims.back().size * sizes[d], strides[d]};
@@ -27,11 +27,11 @@ void Operands::finish() {
   for (int64_t i = 0; i < count(); ++i) {
     const bool as_arrays = flat(i);
     for (int list = 0; list < lists(); ++list) {
-      const Tensor& operand = tensor(list, i);
+      const TensorRef operand = tensor(list, i);
       View& view = views_[list][i];
       view.data = static_cast<char*>(operand.data_ptr());
       view.dtype = dtype(list, i);
-      if (!as_arrays && !row_major(operand)) view.dims = collapsed(operand);
+      if (!as_arrays && !row_major(list, i)) view.dims = collapsed(operand);
     }
   }
 }

@@ -28,13 +28,13 @@ __global__ void __launch_bounds__(kThreads) bias_corrections_kernel(
 } // namespace
 
 StepCorrections::StepCorrections(
-    const Launcher& launch, const Tensor& like, const std::vector<Scalar>& steps, double beta1, double beta2)
+    const Launcher& launch, TensorRef like, const std::vector<Scalar>& steps, double beta1, double beta2)
     : tags_(steps.size()) {
   if (sort_into_tags(steps, beta1, beta2)) return;
   std::fill(tags_.begin(), tags_.end(), uint8_t(0));
   const int64_t count = int64_t(steps.size());
   constexpr int64_t kDoubles = sizeof(BiasCorrection) / sizeof(double);
-  buffer_ = torch::stable::new_empty(like, {kDoubles * count}, torch::headeronly::ScalarType::Double);
+  buffer_ = torch::stable::new_empty(like.owned(), {kDoubles * count}, torch::headeronly::ScalarType::Double);
   auto* const results = static_cast<BiasCorrection*>(buffer_->data_ptr());
   argument_.by_tensor = results;
   Steps some;

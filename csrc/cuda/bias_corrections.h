@@ -29,7 +29,7 @@ class StepCorrections {
  public:
   // Launches a kernel of its own if a counter is on the device, or if there are more than 16 different ones.
   StepCorrections(
-      const Launcher& launch, const Tensor& like, const std::vector<Scalar>& steps, double beta1, double beta2);
+      const Launcher& launch, TensorRef like, const std::vector<Scalar>& steps, double beta1, double beta2);
 
   const BiasCorrections& argument() const { return argument_; }
   const std::vector<uint8_t>& tags() const { return tags_; } // of each tensor

@@ -63,7 +63,7 @@ void central_difference(
   const int plus = operands.add("grads_plus", grads_plus, /*written=*/true);
   const int minus = operands.add("grads_minus", grads_minus);
   const int extra = operands.add_optional("explicit", explicit_grads);
-  const Tensor& like = grads_plus.empty() ? epsilon : grads_plus[0];
+  const TensorRef like = grads_plus.empty() ? TensorRef(epsilon) : grads_plus[0];
   const DifferenceArguments arguments{
       device_double(op, "epsilon", epsilon, "step_size", like), device_double(op, "norm", norm, "step_size", like)};
   if (grads_plus.empty()) return;

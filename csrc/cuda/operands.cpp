@@ -8,8 +8,8 @@ namespace sama {
 namespace {
 
 // An alias that autograd does not follow: a parameter may be changed in place, and copying it records nothing.
-Tensor detached(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+Tensor detached(TensorRef tensor) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor.owned())};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -21,8 +21,8 @@ void DeviceOperands::finish() {
   for (int64_t i = 0; i < count(); ++i) {
     const bool as_arrays = flat(i);
     for (int list = 0; list < lists(); ++list) {
-      const Tensor& operand = tensor(list, i);
-      if (as_arrays || row_major(operand)) {
+      const TensorRef operand = tensor(list, i);
+      if (as_arrays || row_major(list, i)) {
         data_[list][i] = static_cast<char*>(operand.data_ptr());
         continue;
       }

@@ -162,7 +162,7 @@ void launch_minus(const Launcher& launch, const DeviceOperands& operands, int p,
 
 // theta+; returns the sums.
 Tensor measured_plus(
-    const Launcher& launch, const DeviceOperands& operands, int p, int x, PlusArguments arguments, const Tensor& like) {
+    const Launcher& launch, const DeviceOperands& operands, int p, int x, PlusArguments arguments, TensorRef like) {
   const Slots slots(like, total_chunks(operands), 2);
   arguments.along = slots.slots(0);
   arguments.squares = slots.slots(1);
@@ -174,9 +174,9 @@ Tensor measured_plus(
 // theta+ or theta-; returns two NaN.
 Tensor unmeasured(
     const Launcher& launch, const DeviceOperands& operands, int p, int x, PlusArguments arguments, int64_t side,
-    const Tensor& like) {
+    TensorRef like) {
   using torch::headeronly::ScalarType;
-  Tensor result = torch::stable::new_empty(like, {2}, ScalarType::Double);
+  Tensor result = torch::stable::new_empty(like.owned(), {2}, ScalarType::Double);
   if (total_chunks(operands) == 0) return torch::stable::fill_(result, NAN);
   double* const target = static_cast<double*>(result.data_ptr());
   arguments.along = target;
@@ -204,7 +204,7 @@ Tensor perturb(
   const int p = operands.add("params", params, /*written=*/true);
   const int x = operands.add("v", v, /*written=*/true);
   operands.require_same_dtype(p, x);
-  const Tensor& like = params.empty() ? epsilon : params[0];
+  const TensorRef like = params.empty() ? TensorRef(epsilon) : params[0];
   PlusArguments arguments{nullptr, uint64_t(seed), rounding == kStochastic, nullptr, nullptr};
   if (side == kPlus) arguments.epsilon = device_double(op, "epsilon", epsilon, "step_size", like);
   const Launcher launch(op, like);

@@ -21,13 +21,13 @@ __global__ void __launch_bounds__(kThreads) slot_sum_kernel(const double* slots,
   if (threadIdx.x == 0) results[blockIdx.x] = sum;
 }
 
-Tensor doubles(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
-  return torch::stable::new_empty(like, shape, torch::headeronly::ScalarType::Double);
+Tensor doubles(TensorRef like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  return torch::stable::new_empty(like.owned(), shape, torch::headeronly::ScalarType::Double);
 }
 
 } // namespace
 
-Slots::Slots(const Tensor& like, int64_t count, int64_t sums)
+Slots::Slots(TensorRef like, int64_t count, int64_t sums)
     : count_(count),
       sums_(sums),
       buffer_(doubles(like, {count * sums})),

@@ -25,7 +25,7 @@ __device__ inline double add_square(double sum, double x) { return fma(x, x, sum
 // Slots for `sums` sums over `count` blocks, and where the sums go.
 class Slots {
  public:
-  Slots(const Tensor& like, int64_t count, int64_t sums);
+  Slots(TensorRef like, int64_t count, int64_t sums);
 
   // Of sum number `sum`; slot i belongs to chunk i.
   double* slots(int64_t sum) const { return data_ + sum * count_; }

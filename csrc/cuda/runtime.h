@@ -27,15 +27,15 @@ constexpr int kWarp = 32;
 void* current_stream(const char* op, int32_t device);
 
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
-inline bool on_host(const Tensor& scalar) { return scalar.is_cpu(); }
+inline bool on_host(TensorRef scalar) { return scalar.is_cpu(); }
 
 // Makes the device of a tensor the current one while it lives, and launches kernels on torch's current stream there.
 class Launcher {
  public:
-  Launcher(const char* op, const Tensor& like)
+  Launcher(const char* op, TensorRef like)
       : op_(op),
-        guard_(like.get_device_index()),
-        stream_(static_cast<cudaStream_t>(current_stream(op, like.get_device_index()))) {}
+        guard_(like.device_index()),
+        stream_(static_cast<cudaStream_t>(current_stream(op, like.device_index()))) {}
 
   // Not kernel<<<...>>>, so that host code can include this; the arguments must have the parameters' very types.
   template <class... Parameters, class... Arguments>

@@ -16,24 +16,24 @@ ScalarKind kind_of(ScalarType type) {
   }
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+bool same_device(TensorRef a, TensorRef b) {
+  return a.device_type() == b.device_type() && a.device_index() == b.device_index();
 }
 
 } // namespace
 
-Scalar scalar(const char* op, const std::string& name, const Tensor& tensor, const Tensor& like) {
-  require_scalar(op, name, tensor);
+Scalar scalar(const char* op, const Name& name, TensorRef tensor, TensorRef like) {
   if (on_host(tensor)) return scalar(read_scalar(op, name, tensor));
+  const ScalarType type = require_scalar(op, name, tensor);
   if (!same_device(tensor, like)) fail(op, name + " is neither on the CPU nor on the device of the other tensors");
   Scalar result;
   result.address = tensor.data_ptr();
-  result.kind = kind_of(tensor.scalar_type());
+  result.kind = kind_of(type);
   return result;
 }
 
 double* device_double(
-    const char* op, const std::string& name, const Tensor& tensor, const char* source, const Tensor& like) {
+    const char* op, const Name& name, TensorRef tensor, const char* source, TensorRef like) {
   require_double(op, name, tensor, source);
   if (!same_device(tensor, like)) fail(op, name + " is not on the device of the other tensors");
   return static_cast<double*>(tensor.data_ptr());

@@ -37,9 +37,9 @@ __device__ inline double read(const Scalar& scalar) {
 }
 
 // Checks and wraps a tensor that holds one number, on the CPU or on the device of `like`.
-Scalar scalar(const char* op, const std::string& name, const Tensor& tensor, const Tensor& like);
+Scalar scalar(const char* op, const Name& name, TensorRef tensor, TensorRef like);
 // The same, but float64 and on the device of `like`: the result of the op named `source`. Returns its address.
 double* device_double(
-    const char* op, const std::string& name, const Tensor& tensor, const char* source, const Tensor& like);
+    const char* op, const Name& name, TensorRef tensor, const char* source, TensorRef like);
 
 } // namespace sama

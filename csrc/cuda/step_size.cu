@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(kThreads) step_size_kernel(
 std::tuple<Tensor, Tensor, Tensor> step_size(const TensorList& norm_sqs, double alpha, double tiny) {
   const char* op = "step_size";
   if (norm_sqs.empty()) fail(op, "norm_sqs is empty");
-  const Tensor& like = norm_sqs[0];
+  const Tensor like = norm_sqs[0].owned();
   std::vector<const double*> addresses(norm_sqs.size());
   for (size_t i = 0; i < norm_sqs.size(); ++i)
-    addresses[i] = device_double(op, "norm_sqs[" + std::to_string(i) + "]", norm_sqs[i], "adapt_norm", like);
+    addresses[i] = device_double(op, Name("norm_sqs", int64_t(i)), norm_sqs[i], "adapt_norm", like);
   const Launcher launch(op, like);
   using torch::headeronly::ScalarType;
   Tensor norm = torch::stable::new_empty(like, {}, ScalarType::Double);

@@ -89,9 +89,13 @@ inline int64_t chunks_of(int64_t length) { return (length + kChunk - 1) / kChunk
 template <int lists, class Length, class Tag, class Launch>
 int64_t for_each_table(
     const DeviceOperands& operands, const std::array<int, lists>& order, Length length, Tag tag, Launch launch) {
+  int64_t begin = 0;
+  while (begin < operands.count() && length(begin) == 0) ++begin;
+  if (begin == operands.count()) return 0; // none for this launch: usual, as most lists have one dtype
   const auto table = std::make_unique<Table<lists>>();
   int64_t before = 0, chunks = 0;
-  table->count = table->first = 0;
+  table->count = 0;
+  table->first = int32_t(begin);
   const auto flush = [&] {
     if (chunks > 0) launch(*table, chunks, before);
     before += chunks;
@@ -99,7 +103,7 @@ int64_t for_each_table(
     table->first += table->count;
     table->count = 0;
   };
-  for (int64_t i = 0; i < operands.count(); ++i) {
+  for (int64_t i = begin; i < operands.count(); ++i) {
     const int64_t elements = length(i), own = chunks_of(elements);
     if (table->count == Table<lists>::kCapacity || chunks + own > std::numeric_limits<int32_t>::max()) flush();
     const int at = table->count++;

@@ -51,9 +51,9 @@ def check_adapt_norm_adam(
     if len(steps) != len(v):
         raise RuntimeError(f"sama::{op}: steps has {len(steps)} tensors, but v has {len(v)}")
     check_lists(op, lists, written=("v",))
-    check_scalars(op, {f"steps[{i}]": t for i, t in enumerate(steps)})
+    check_scalars(op, "steps", steps)
     if lr_tensor is not None:
-        check_scalars(op, {"lr_tensor": lr_tensor})
+        check_scalar(op, "lr_tensor", lr_tensor)
 
 
 def check_adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None) -> None:
@@ -62,7 +62,7 @@ def check_adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None) -> 
         raise RuntimeError(f"sama::{op}: v is empty")
     check_lists(op, {"v": v}, written=("v",))
     if scale_tensor is not None:
-        check_scalars(op, {"scale_tensor": scale_tensor})
+        check_scalar(op, "scale_tensor", scale_tensor)
 
 
 def check_adapt_norm_moments(
@@ -113,7 +113,7 @@ def check_adapt_norm_moments(
 def check_step_size(norm_sqs: Sequence[Tensor]) -> None:
     if not norm_sqs:
         raise RuntimeError("sama::step_size: norm_sqs is empty")
-    check_scalars("step_size", {f"norm_sqs[{i}]": x for i, x in enumerate(norm_sqs)}, float64_from="adapt_norm")
+    check_scalars("step_size", "norm_sqs", norm_sqs, float64_from="adapt_norm")
 
 
 def check_perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor, side: int, rounding: int) -> None:
@@ -123,7 +123,7 @@ def check_perturb(params: Sequence[Tensor], v: Sequence[Tensor], epsilon: Tensor
         raise RuntimeError(f"sama::perturb: rounding must be 0 (nearest) or 1 (stochastic), not {rounding}")
     check_lists("perturb", {"params": params, "v": v}, written=("params", "v"), same_dtype=True)
     if side == PLUS:
-        check_scalars("perturb", {"epsilon": epsilon}, float64_from="step_size")
+        check_scalar("perturb", "epsilon", epsilon, float64_from="step_size")
 
 
 def check_restore(params: Sequence[Tensor], v: Sequence[Tensor]) -> None:
@@ -142,7 +142,8 @@ def check_central_difference(
     if explicit:
         lists["explicit"] = explicit
     check_lists(op, lists, written=("grads_plus",))
-    check_scalars(op, {"epsilon": epsilon, "norm": norm}, float64_from="step_size")
+    check_scalar(op, "epsilon", epsilon, float64_from="step_size")
+    check_scalar(op, "norm", norm, float64_from="step_size")
 
 
 def share_dense_layout(tensors: Sequence[Tensor]) -> bool:
@@ -184,20 +185,27 @@ def _all_in_order(lists: Mapping[str, Sequence[Tensor]], written: Sequence[str],
     first = next(iter(lists.values()))
     shapes, dtypes = [x.shape for x in first], [x.dtype for x in first]
     for name, tensors in lists.items():
-        own = [x.dtype for x in tensors]
-        if [x.shape for x in tensors] != shapes or not _STORAGE.issuperset(own) or (same_dtype and own != dtypes):
+        own = dtypes if tensors is first else [x.dtype for x in tensors]
+        if not _STORAGE.issuperset(own) or (same_dtype and own != dtypes):
+            return False
+        if tensors is not first and [x.shape for x in tensors] != shapes:
             return False
         if name in written and not all(x.is_contiguous() for x in tensors):
             return False
     return True
 
 
-def check_scalars(op: str, tensors: Mapping[str, Tensor], float64_from: str | None = None) -> None:
-    for name, x in tensors.items():
-        if float64_from is not None and x.dtype != torch.float64:
-            raise RuntimeError(f"sama::{op}: {name} must be float64, as {float64_from} returns it")
-        if x.numel() != 1:
-            raise RuntimeError(f"sama::{op}: {name} must hold one number, but has shape {list(x.shape)}")
+def check_scalars(op: str, name: str, tensors: Sequence[Tensor], float64_from: str | None = None) -> None:
+    for i, x in enumerate(tensors):
+        if float64_from is not None or x.numel() != 1:  # without making 2,000 names
+            check_scalar(op, f"{name}[{i}]", x, float64_from)
+
+
+def check_scalar(op: str, name: str, x: Tensor, float64_from: str | None = None) -> None:
+    if float64_from is not None and x.dtype != torch.float64:
+        raise RuntimeError(f"sama::{op}: {name} must be float64, as {float64_from} returns it")
+    if x.numel() != 1:
+        raise RuntimeError(f"sama::{op}: {name} must hold one number, but has shape {list(x.shape)}")
 
 
 def _expanded(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sama_kernels.backends.arguments import EXACT, PAPER, check_lists, check_scalars
+from sama_kernels.backends.arguments import EXACT, PAPER, check_lists, check_scalar, check_scalars
 
 BYTE_CODES, PACKED_CODES = 256, 16
 """Entries of a lookup table: of codes of 8 bits, and of 4 bits, two in a byte, the first in its upper half."""
@@ -50,9 +50,9 @@ def check_adapt_norm_low_bit_adam(
     for name, stored in moments.items():
         for i, parts in enumerate(zip(*stored, strict=True)):
             _check_numbers(name, i, parts, v[i].numel(), entries, block_size)
-    check_scalars(_OP, {f"steps[{i}]": t for i, t in enumerate(steps)})
+    check_scalars(_OP, "steps", steps)
     if lr_tensor is not None:
-        check_scalars(_OP, {"lr_tensor": lr_tensor})
+        check_scalar(_OP, "lr_tensor", lr_tensor)
 
 
 _PARTS = ("codes", "scales", "tables")

@@ -43,11 +43,12 @@ def fake_norm_sq(v: Sequence[Tensor], *_: object) -> Tensor:
     return v[0].new_empty((), dtype=torch.float64)
 
 
-def written(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd that `tensors` were changed in place.
+def written(*lists: Sequence[Tensor]) -> None:
+    """Tell autograd that the tensors of `lists` were changed in place.
 
     Ops with list arguments do not bump version counters; without this, a later backward through a graph that saved
     one of these tensors would silently use the changed values instead of raising.
     """
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tensors)
+        for tensors in lists:
+            torch.autograd.graph.increment_version(tensors)

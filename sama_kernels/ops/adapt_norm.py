@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def adapt_norm_adam(
     Bytes moved per float32 element: 16 read + 4 written (+ 4 read with L2 decay, + 4 read with amsgrad).
     """
     lr_tensor, lr_float = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
-    refuse_captured([*steps, *([] if lr_tensor is None else [lr_tensor])], v)
+    refuse_captured(chain(steps, () if lr_tensor is None else (lr_tensor,)), v)
     kernel = backends.kernel("adapt_norm_adam", backend)
     norm_sq: Tensor = kernel(
         v, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, params, steps, lr_tensor, lr_float,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def adapt_norm_low_bit_adam(
     Bytes moved per float32 element: 10 read + 4 written (4-bit codes: 9 + 4), and the scales.
     """
     lr_tensor, lr_float = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
-    refuse_captured([*steps, *([] if lr_tensor is None else [lr_tensor])], v)
+    refuse_captured(chain(steps, () if lr_tensor is None else (lr_tensor,)), v)
     kernel = backends.kernel("adapt_norm_low_bit_adam", backend)
     norm_sq: Tensor = kernel(
         v, grads, exp_avg_codes, exp_avg_scales, exp_avg_tables, exp_avg_sq_codes, exp_avg_sq_scales,

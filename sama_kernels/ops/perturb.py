@@ -49,7 +49,7 @@ def perturb(
     Bytes moved per float32 element: 8 read + 8 written, for each side.
     """
     sums: Tensor = backends.kernel("perturb", backend)(params, v, epsilon, side, rounding, seed, measure)
-    written([*params, *v])
+    written(params, v)
     return sums
 
 

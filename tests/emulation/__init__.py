@@ -13,6 +13,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,8 @@ def _compile(folder: Path) -> Path:
         "-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
         "-fno-trapping-math", "-U_FORTIFY_SOURCE", "-Wno-psabi", "-DSAMA_EMULATION",
         "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{torch_path / 'include'}",
-        f"-I{HERE}", f"-I{CSRC / 'common'}", *sanitize,
+        f"-I{HERE}", f"-I{CSRC / 'common'}", f"-I{sysconfig.get_path('include')}", "-DPy_LIMITED_API=0x030B0000",
+        *sanitize,
     ]  # fmt: skip
     sources = [
         source

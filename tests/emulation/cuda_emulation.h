@@ -51,11 +51,11 @@ namespace sama {
 constexpr int kThreads = 256, kWarp = 32;
 
 inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
-inline bool on_host(const Tensor&) { return emulation::scalars_on_host; }
+inline bool on_host(TensorRef) { return emulation::scalars_on_host; }
 
 class Launcher {
  public:
-  Launcher(const char*, const Tensor&) {}
+  Launcher(const char*, TensorRef) {}
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) const {

@@ -95,7 +95,7 @@ def adapt_norm_scale(v: Sequence[Tensor], scale_tensor: Tensor | None, scale: fl
 
 def _on_host(scalar: Tensor) -> bool:
     """Whether reading it costs no synchronisation with the GPU; the kernels read the others themselves."""
-    return scalar.device.type == "cpu"
+    return scalar.is_cpu
 
 
 def steps_on_device(steps: Sequence[Tensor], device: torch.device) -> dict[str, Sequence[Tensor]]:
@@ -121,8 +121,12 @@ def log2(beta: float) -> float:
 def bias_corrections(steps: Sequence[Tensor], beta1: float, beta2: float) -> Tensor:
     """(c1, c2, t) of every tensor, float64, on the CPU."""
     counts = [float(t.item()) for t in steps]
-    known = {t: (1 - beta1**t, 1 - beta2**t, t) for t in set(counts)}
-    return torch.tensor([known[t] for t in counts], dtype=torch.float64, device="cpu")
+    known = [(1 - beta1**t, 1 - beta2**t, t) for t in dict.fromkeys(counts)]
+    table = torch.tensor(known, dtype=torch.float64, device="cpu")
+    if len(known) == 1:  # nearly always
+        return table.expand(len(counts), 3).contiguous()
+    position = {t: i for i, (_, _, t) in enumerate(known)}
+    return table[torch.tensor([position[t] for t in counts], device="cpu")]
 
 
 @triton.jit(do_not_specialize=["chunks", "rows", "slots", "corrections", "lr_tensor"])
