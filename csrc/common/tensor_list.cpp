@@ -47,7 +47,7 @@ TensorList::TensorList(StableListHandle list) {
 
 // A tensor that has a Python object keeps it alive as long as there are references in C++, and a call's are the only
 // ones. So with every handle that goes torch takes the GIL, which the thread gave back when it called the op: 420 of
-// 730 instructions for a tensor, and a wait of up to 5 ms where another Python thread runs. Here it is taken once.
+// 730 instructions for a tensor, and a wait where another Python thread runs. Here it is taken once.
 TensorList::~TensorList() {
   if (handles_.empty()) return;
   const HoldGil gil;

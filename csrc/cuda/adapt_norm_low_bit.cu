@@ -196,7 +196,7 @@ Tensor adapt_norm_low_bit_adam(
   const Scalar rate = lr_tensor ? scalar(op, "lr_tensor", *lr_tensor, v[0]) : scalar(lr);
   std::vector<Scalar> counters(steps.size());
   for (size_t i = 0; i < steps.size(); ++i)
-    counters[i] = scalar(op, "steps[" + std::to_string(i) + "]", steps[i], v[0]);
+    counters[i] = scalar(op, Name("steps", int64_t(i)), steps[i], v[0]);
 
   const Launcher launch(op, v[0]);
   operands.finish();

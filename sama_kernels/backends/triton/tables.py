@@ -5,11 +5,9 @@ The host's side; the kernels' side is chunks.py.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from operator import or_
 
 import torch
@@ -89,8 +87,7 @@ class Operands:
             if members is not None:
                 columns = [[column[i] for i in members] for column in columns]
             block, blocks = _configuration(dtypes, sum(columns[0]))
-            key = array("q", chain.from_iterable(columns)).tobytes()
-            table, chunks = _tables(self.device, stream, key, len(columns), block * blocks)
+            table, chunks = _tables(self.device, stream, tuple(map(tuple, columns)), block * blocks)
             if is_capturing(self.device):
                 _captured[id(table)] = (table, chunks)
             self.groups.append(Group(table, chunks, dtypes, aligned, block, blocks))
@@ -168,16 +165,17 @@ def _configuration(dtypes: tuple[torch.dtype, ...], numel: int) -> tuple[int, in
 
 
 @lru_cache(maxsize=256)
-def _tables(device: torch.device, stream: int, key: bytes, columns: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """The rows and chunks of a group on the device; `key` has the columns of the rows one after the other, int64.
+def _tables(
+    device: torch.device, stream: int, columns: tuple[tuple[int, ...], ...], chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The rows, of which these are the columns, and chunks of a group on the device.
 
     Cached, because tensors rarely move between steps: parameters and optimizer state never do, gradients come back to
     the same place from torch's caching allocator. A table says nothing but where tensors are, and is found by that,
     so it cannot be out of date. Buckets have one each (17 for BERT-base). Per stream: the copy to the device is ordered
     before the kernels of its own only.
-    Bytes, because they are hashed and compared faster than tuples: 0.05 instead of 0.4 ms for 2,000 tensors.
     """
-    table = torch.frombuffer(bytearray(key), dtype=torch.int64).view(columns, -1).t().contiguous()
+    table = torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous()
     counts = (table[:, 0] + chunk - 1) // chunk
     row = torch.repeat_interleave(torch.arange(len(table), device="cpu"), counts)
     number = torch.arange(row.numel(), device="cpu") - (counts.cumsum(0) - counts)[row]
