@@ -84,6 +84,8 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
             )
     found = list({id(t): t for t in found}.values())
     for i, t in enumerate(found):
+        if _is_usual(t):
+            continue
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name}: tensor {i} is {t.dtype}; only float32, float64, bfloat16 and float16 can be used")
         if is_freed(t):
@@ -101,6 +103,12 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def _is_usual(t: Tensor) -> bool:
+    """Whether there is nothing to be said against a tensor that will be trained: what most are, told fast."""
+    strided = type(t) is nn.Parameter and t.layout == torch.strided
+    return strided and t.requires_grad and t.dtype in _DTYPES and t.untyped_storage().size() > 0
+
+
 def leaves(name: str, params: Sequence[Tensor]) -> None:
     """Raise unless every tensor is a leaf that owns its cells: it is moved in place."""
     for i, p in enumerate(params):
@@ -108,7 +116,7 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{name}: tensor {i} is not a leaf; pass the parameters themselves, not values made of them"
             )
-        if torch._debug_has_internal_overlap(local(p)) == 1:
+        if not (type(p) is nn.Parameter and p.is_contiguous()) and torch._debug_has_internal_overlap(local(p)) == 1:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
 
 

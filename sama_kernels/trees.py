@@ -6,6 +6,7 @@ torch's generators pass each module through all levels above it and name each pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,13 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
         return list(module.parameters())
     found = {id(p): p for m in modules_of(module) if m._parameters for p in m._parameters.values() if p is not None}
     return list(found.values())
+
+
+def instances(modules: Iterable[nn.Module], kinds: Any) -> list[Any]:
+    """Those of `modules` that are instances of `kinds`: each class is asked once, as a model has few."""
+    modules = tuple(modules)
+    wanted = {kind for kind in set(map(type, modules)) if issubclass(kind, kinds)}
+    return [m for m in modules if type(m) in wanted] if wanted else []
 
 
 def _has_torchs(kind: type, names: tuple[str, ...]) -> bool:

@@ -117,6 +117,19 @@ def unchanged(hyper: dict[str, Any], p: Tensor) -> bool:
     return reference() is grad and grad._version == version
 
 
+def all_unchanged(hyper: dict[str, Any], params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> bool:
+    """Whether all of `params`, of which `grads` are the `.grad`, had one after the step of `hyper`, and it still is
+    what it was; also if that step was not seen."""
+    if GRADS not in hyper:
+        return all(grad is not None for grad in grads)
+    seen = hyper[GRADS]
+    for p, grad in zip(params, grads, strict=True):
+        reference, version = seen.get(id(p), _none)
+        if grad is None or reference() is not grad or grad._version != version:
+            return False
+    return True
+
+
 def has_moved(optimizer: Optimizer, params: Iterable[Tensor]) -> bool:
     """Whether some of these parameters were written since the step; False if that is not known."""
     versions = _versions.get(optimizer, {})
@@ -139,7 +152,7 @@ def advanced(optimizer: Optimizer, steps: int) -> None:
         _record(optimizer, (), {})
         for group, record in zip(optimizer.param_groups, _records[optimizer], strict=True):
             record[SKIPPED] = set()
-            record[GRADS] = {id(p): (_nothing, -1) for p in group["params"]}
+            record[GRADS] = {id(p): _none for p in group["params"]}
 
 
 def has_hooks(optimizer: Optimizer) -> bool:
@@ -150,6 +163,9 @@ def has_hooks(optimizer: Optimizer) -> bool:
 
 def _nothing() -> None:
     """Like a reference to a tensor that is gone."""
+
+
+_none = (_nothing, -1)
 
 
 def _is_watched(optimizer: Optimizer) -> bool:
