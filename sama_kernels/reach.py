@@ -17,7 +17,7 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -62,24 +62,24 @@ def reachable(roots: Iterable[object]) -> Reach:
         item = queue.popleft()
         if id(item) in seen:
             continue
-        seen[id(item)] = item  # keeps it alive, so that its id stays its own
-        kind = classes.of(item)
-        is_module = kind.is_module or isinstance(item, nn.Module)
-        if is_module and item not in found.modules:  # at once, not after the rest of a container
-            inside = [m for m in modules_of(cast(nn.Module, item)) if m not in found.modules]
+        together = [item]
+        if isinstance(item, nn.Module) and item not in found.modules:  # at once, not after the rest of a container
+            inside = [m for m in modules_of(item) if m not in found.modules]
             found.modules.update(dict.fromkeys(inside))
-            queue.extend(inside)
-        found.compiled = found.compiled or _is_compiled(item)
-        if kind.draws:
-            found.generators.append(item)
-        for x in _neighbours(item, kind):
-            if type(x) in _LEAF_TYPES or id(x) in met:
-                continue
-            met[id(x)] = x
-            x = _itself(x)
-            if not isinstance(x, _LEAVES) and not (isinstance(x, dict) and not x):
-                queue.append(x)
-    found.compiled = found.compiled or (bool(queue) and any(map(_is_compiled, found.modules)))
+            together += (m for m in inside if m is not item)
+        for one in together:
+            seen[id(one)] = one  # keeps it alive, so that its id stays its own
+            kind = classes.known.get(type(one)) or classes.of(one)
+            found.compiled = found.compiled or _is_compiled(one)
+            if kind.draws:
+                found.generators.append(one)
+            for x in _neighbours(one, kind):
+                if type(x) in _LEAF_TYPES or id(x) in met:
+                    continue
+                met[id(x)] = x
+                x = _itself(x)
+                if not isinstance(x, _LEAVES) and not (isinstance(x, dict) and not x):
+                    queue.append(x)
     return found
 
 
@@ -116,19 +116,17 @@ class _Classes:
 
     def __init__(self, searched: set[str]) -> None:
         self._searched = searched
-        self._known: dict[type, _Kind] = {}
+        self.known: dict[type, _Kind] = {}
 
     def of(self, item: object) -> _Kind:
+        """What is not `known` yet."""
         kind = type(item)
-        known = self._known.get(kind)
-        if known is not None:
-            return known
         is_open = isinstance(item, nn.Module | SimpleNamespace | argparse.Namespace) or not _from(kind, _CLOSED)
         bases = [base for base in kind.__mro__ if not _is_library(base, self._searched)]
         functions = [x for base in bases for x in vars(base).values() if isinstance(x, FunctionType)]
         is_module = issubclass(kind, nn.Module) and not issubclass(kind, (dict, *_CONTAINERS))
         first = _Kind(is_module, is_generator(kind), is_open, _slots(kind), functions, self._searched)
-        self._known[kind] = first._replace(functions=[])
+        self.known[kind] = first._replace(functions=[])
         return first
 
 

@@ -62,12 +62,14 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     records, groups = _records.get(optimizer), optimizer.param_groups
     if records is None:
         return [_hyperparameters(group) for group in groups]
+    ids = [{id(p) for p in group["params"]} for group in groups]
+    if all(ids) and ids == [record[PARAMS] for record in records]:
+        return [*records]
     owner = {i: record for record in records for i in record[PARAMS]}
-    return [_record_of(group, owner) for group in groups]
+    return [_record_of(group, own, owner) for group, own in zip(groups, ids, strict=True)]
 
 
-def _record_of(group: dict[str, Any], owner: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    ids = {id(p) for p in group["params"]}
+def _record_of(group: dict[str, Any], ids: set[int], owner: dict[int, dict[str, Any]]) -> dict[str, Any]:
     found = {id(owner[i]): owner[i] for i in ids if i in owner}
     if len(found) > 1:
         raise ValueError(
