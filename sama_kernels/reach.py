@@ -35,6 +35,7 @@ _hooks_of = itemgetter(*(i for i, name in enumerate(_COMMON) if name not in _STA
 _LEAVES = (Tensor, str, bytes, int, float, complex, type, type(None))
 _LEAF_TYPES = {Tensor, nn.Parameter, str, int, float, bool, type(None)}  # most attributes of modules: told apart fast
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_OPEN = (nn.Module, SimpleNamespace, argparse.Namespace)  # searched for attributes, whoever wrote them
 # Objects of these packages are not searched for attributes, nor is their code.
 _CLOSED = {"torch", "numpy", "sama_kernels", "builtins", *sys.stdlib_module_names} - {"__main__"}
 
@@ -116,13 +117,17 @@ class _Classes:
 
     def __init__(self, searched: set[str]) -> None:
         self._searched = searched
+        self._library: dict[type, bool] = {}  # whether a class is, which many are derived from
         self.known: dict[type, _Kind] = {}
 
     def of(self, item: object) -> _Kind:
         """What is not `known` yet."""
         kind = type(item)
-        is_open = isinstance(item, nn.Module | SimpleNamespace | argparse.Namespace) or not _from(kind, _CLOSED)
-        bases = [base for base in kind.__mro__ if not _is_library(base, self._searched)]
+        is_open = isinstance(item, _OPEN) or not _from(kind, _CLOSED)
+        for base in kind.__mro__:
+            if base not in self._library:
+                self._library[base] = _is_library(base, self._searched)
+        bases = [base for base in kind.__mro__ if not self._library[base]]
         functions = [x for base in bases for x in vars(base).values() if isinstance(x, FunctionType)]
         is_module = issubclass(kind, nn.Module) and not issubclass(kind, (dict, *_CONTAINERS))
         first = _Kind(is_module, is_generator(kind), is_open, _slots(kind), functions, self._searched)
