@@ -60,6 +60,7 @@ class BufferGuard:
         self._compiled = compiled
         self._compare = compiled and (first or any(m not in _compared for m in self._modules))
         self._slots: dict[nn.Module, Slots] = {}
+        self._bare: dict[nn.Module, None] = {}  # those of `modules` that had no buffers: most, looked at in one go
         self._saved: dict[int, _Saved] = {}  # by the id of the tensor, which it keeps alive
         self._ours: set[nn.Module] = set()  # seen to run here
         self._theirs: set[nn.Module] = set()  # seen to run in another thread
@@ -67,8 +68,10 @@ class BufferGuard:
         self._cleanup = ExitStack()
 
     def __enter__(self) -> BufferGuard:
+        self._bare = {m: None for m in self._modules if not m._buffers}
         for module in self._modules:
-            self._save(module)
+            if module not in self._bare:
+                self._save(module)
         if not self._compiled:
             handle = nn.modules.module.register_module_forward_pre_hook(self._before_forward(threading.get_ident()))
             self._cleanup.callback(handle.remove)
@@ -76,7 +79,7 @@ class BufferGuard:
             self._others = [
                 (module, name, buffer, buffer._version)
                 for module in _living_modules()
-                if module not in self._slots
+                if module not in self._slots and module not in self._bare
                 for name, buffer in _slots_of(module).items()
                 if buffer is not None and not buffer.is_inference()
             ]
@@ -92,6 +95,9 @@ class BufferGuard:
     def restore(self) -> None:
         """Put every buffer seen so far back: the same tensor objects with the same contents and version counters."""
         theirs = self._theirs - self._ours
+        for module in [m for m in self._bare if m._buffers]:
+            if module not in theirs:
+                _fill(module, {})
         for module, slots in self._slots.items():
             if module not in theirs:
                 _fill(module, slots)
@@ -105,7 +111,8 @@ class BufferGuard:
 
     def moved(self) -> Callable[[], None]:
         """What brings every buffer seen so far to what it is now, for after the block."""
-        slots = {module: _slots_of(module) for module in self._slots if module not in self._theirs - self._ours}
+        theirs = self._theirs - self._ours
+        slots = {module: _slots_of(module) for module in (*self._slots, *self._bare) if module not in theirs}
         buffers = {id(b): b for of_module in slots.values() for b in of_module.values() if b is not None}
         values = [(cells := _cells(b), cells.detach().clone()) for b in buffers.values() if b not in self._theta]
 
@@ -119,7 +126,7 @@ class BufferGuard:
     def _save(self, module: nn.Module) -> None:
         """The buffers of a module, unless that is done. Of one that `reach` has not found they are those at its first
         call (which may not be a functional_call)."""
-        if module not in self._slots:
+        if module not in self._slots and module not in self._bare:
             self._slots[module] = _slots_of(module)
         new = [b for b in module._buffers.values() if id(b) not in self._saved]
         if new:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sama_kernels.distributed.sharded import is_freed, local
 from sama_kernels.graphs import nodes_from
+from sama_kernels.trees import parameters_of
 from sama_kernels.types import Relative
 
 ADAPTATIONS = ("paper", "exact", "none")
@@ -68,7 +69,7 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     for i, item in enumerate([value] if isinstance(value, nn.Module) else value):
         if isinstance(item, nn.Module):
-            trained = [p for p in item.parameters() if p.requires_grad]
+            trained = [p for p in parameters_of(item) if p.requires_grad]
             if not (trained or skip_frozen or item is value):
                 raise ValueError(
                     f"{name}: element {i} ({type(item).__name__}) has no parameter that requires grad; leave it out or"
@@ -81,8 +82,10 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
             raise TypeError(
                 f"{name}: element {i} is a {type(item).__name__}; expected {_EXPECTED} (of a dict, pass .values())"
             )
-    found = list(dict.fromkeys(found))
+    found = list({id(t): t for t in found}.values())
     for i, t in enumerate(found):
+        if _is_usual(t):
+            continue
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name}: tensor {i} is {t.dtype}; only float32, float64, bfloat16 and float16 can be used")
         if is_freed(t):
@@ -100,6 +103,12 @@ def tensors(name: str, value: Any, *, skip_frozen: bool) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def _is_usual(t: Tensor) -> bool:
+    """Whether there is nothing to be said against a tensor that will be trained: what most are, told fast."""
+    strided = type(t) is nn.Parameter and t.layout == torch.strided
+    return strided and t.requires_grad and t.dtype in _DTYPES and t.untyped_storage().size() > 0
+
+
 def leaves(name: str, params: Sequence[Tensor]) -> None:
     """Raise unless every tensor is a leaf that owns its cells: it is moved in place."""
     for i, p in enumerate(params):
@@ -107,7 +116,7 @@ def leaves(name: str, params: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{name}: tensor {i} is not a leaf; pass the parameters themselves, not values made of them"
             )
-        if torch._debug_has_internal_overlap(local(p)) == 1:
+        if not (type(p) is nn.Parameter and p.is_contiguous()) and torch._debug_has_internal_overlap(local(p)) == 1:
             raise ValueError(f"{name}: tensor {i} is expanded (several cells share memory); make it contiguous()")
 
 
@@ -167,9 +176,10 @@ def no_graph_memory(device: torch.device) -> None:
 
 def one_device(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> torch.device:
     """The device of all parameters; raises if there are several."""
-    devices = sorted({str(p.device) for p in (*base_params, *meta_params)})
+    devices = {p.device for p in (*base_params, *meta_params)}
     if len(devices) > 1:
-        raise ValueError(f"base_params, meta_params: all must be on one device, got {', '.join(devices)}")
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"base_params, meta_params: all must be on one device, got {names}")
     return base_params[0].device
 
 

@@ -104,6 +104,11 @@ class RngState:
         for bring in self._own:
             bring()
 
+    def covers(self, other: RngState) -> bool:
+        """Whether `restore` sets every generator that `other.restore` does."""
+        numpy = self._numpy is not None or other._numpy is None
+        return numpy and len(self._cuda) >= len(other._cuda) and {*map(id, self.own)} >= {*map(id, other.own)}
+
     def follow(self) -> None:
         """Take the caller's own generators as they are now for their state."""
         self._own = [generators.way_back(g) for g in self.own]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sama_kernels.graphs import nodes
+from sama_kernels.trees import instances
 
 
 def scalar_loss(name: str, loss: Any, reads: str) -> None:
@@ -76,9 +77,8 @@ def refuse_reentrant(name: str, node: Any) -> None:
 def no_renormalisation(modules: Iterable[nn.Module], base_params: Sequence[Tensor]) -> None:
     """Raise if an embedding among theta rewrites its weight in forward (`max_norm`)."""
     theta = {id(p) for p in base_params}
-    for module in modules:
-        renormalises = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-        if renormalises and id(module.weight) in theta:
+    for module in instances(modules, (nn.Embedding, nn.EmbeddingBag)):
+        if module.max_norm is not None and id(module.weight) in theta:
             raise ValueError(
                 f"base_params: an nn.{type(module).__name__}(max_norm={module.max_norm}) renormalises its weight in"
                 " forward, also at theta+-, and theta could not be brought back; build it without max_norm and"

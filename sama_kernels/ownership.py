@@ -29,10 +29,11 @@ def own(
     for i in range(len(grads)):
         grad = grads[i]
         if grad is not None and i not in owned:
-            storage = grad.untyped_storage().data_ptr()
-            exclusive = _references(grad) == (view if grad._is_view() else plain)
+            counts, storage = _references(grad)
+            exclusive = counts == (view if grad._is_view() else plain)
             shared = storage != 0 and storage in storages  # 0: without elements, as the parts of small DTensors may be
-            if not exclusive or shared or torch._debug_has_internal_overlap(grad) != 0:
+            overlaps = not grad.is_contiguous() and torch._debug_has_internal_overlap(grad) != 0
+            if not exclusive or shared or overlaps:
                 grad = torch.empty_like(local(like[i]), requires_grad=False).copy_(grad)
                 storage = grad.untyped_storage().data_ptr()
             storages.add(storage)
@@ -40,20 +41,22 @@ def own(
     return result
 
 
-def _references(grad: Tensor) -> tuple[int, ...]:
-    """How many references Python and C++ hold to the tensor, to the tensor it is a view of, and to their memory."""
+def _references(grad: Tensor) -> tuple[tuple[int, ...], int]:
+    """How many references Python and C++ hold to the tensor, to the tensor it is a view of, and to their memory; and
+    where that is."""
     base = grad._base
     storage = grad.untyped_storage()
-    return (
+    counts = (
         sys.getrefcount(grad),
         grad._use_count(),  # type: ignore[attr-defined]
         sys.getrefcount(base) if base is not None else 0,
         base._use_count() if base is not None else 0,  # type: ignore[attr-defined]
         torch._C._storage_Use_Count(storage._cdata),
     )
+    return counts, storage.data_ptr()
 
 
 def _calibrate(fresh: list[Tensor]) -> tuple[int, ...]:
     """The counts of a tensor that only a list holds."""
     grad = fresh[0]
-    return _references(grad)
+    return _references(grad)[0]

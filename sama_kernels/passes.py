@@ -17,7 +17,7 @@ from sama_kernels.guards import Interrupts, RngState, no_fast_attention
 from sama_kernels.ownership import own
 from sama_kernels.perturbation import Perturbation
 from sama_kernels.types import Closure, Problem
-from sama_kernels.written import parameters_besides, unwritten
+from sama_kernels.written import Unwritten, parameters_besides
 
 
 @dataclass
@@ -39,7 +39,8 @@ def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> M
     """Pass 1; `.grad` is not touched."""
     n = len(problem.base_params)
     drawing = mask_draws.fast(problem.meta_loss, problem.base_params[0].device)
-    with torch.enable_grad(), drawing, unwritten("meta_loss", problem.base_params), interrupts.allowed():
+    unwritten = Unwritten(problem.base_params).during("meta_loss")
+    with torch.enable_grad(), drawing, unwritten, interrupts.allowed():
         loss = problem.meta_loss()
     with torch.enable_grad(), interrupts.allowed():
         loss_checks.scalar_loss("meta_loss", loss, "base_params")
@@ -82,7 +83,8 @@ class PerturbedPasses:
         self._compiled = problem.compiled
         self._base_params = problem.base_params
         self._meta_params = problem.meta_params
-        self._others = parameters_besides(problem.reached, problem.base_params, problem.meta_params)
+        others = parameters_besides(problem.reached, problem.base_params, problem.meta_params)
+        self._unwritten = Unwritten(problem.base_params, others)
         self._buffers = buffers
         self._rng = rng
         self._interrupts = interrupts
@@ -223,9 +225,12 @@ class PerturbedPasses:
     def _as_trained(self, loss: Closure) -> Iterator[None]:
         """Dropout masks drawn fast, attention as in training, and an error from a loss that writes parameters."""
         masks = mask_draws.fast(loss, self._base_params[0].device)
-        with masks, no_fast_attention(), unwritten("base_loss", self._base_params, self._others):
+        with masks, no_fast_attention(), self._unwritten.during("base_loss"):
             yield
 
     def _rewind_randomness(self) -> None:
-        self._rng.restore()
+        """All generators to where the passes begin; unless a tape will bring each of them to where its call began."""
+        held = [] if self._tapes is None else [tape.rng for tape in self._tapes]
+        if not held or not all(rng is not None and rng.covers(self._rng) for rng in held):
+            self._rng.restore()
         self._buffers.restore()

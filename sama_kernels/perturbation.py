@@ -22,7 +22,7 @@ class Perturbation:
     """
 
     def __init__(self, params: Sequence[Tensor], v: list[Tensor], backend: str, fsdp: Sequence[Any] = ()) -> None:
-        self.params: list[Tensor] = [sharded.local(p) for p in params]
+        self.params: list[Tensor] = sharded.locals_of(params)
         self.v = v
         self._parts = sharded.by_groups(params, range(len(params)))
         self._numbers = [sharded.part_number(params[rows[0]]) for rows in self._parts.values()]

@@ -14,22 +14,28 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from sama_kernels.generators import is_generator
+from sama_kernels.trees import modules_of
 
 # A closure over a data set of millions must not slow the meta step down.
 _LIMIT = 20_000  # objects looked at
 _LONG = 1_000  # elements of one container looked at
 # Attributes of every module that lead to no other; `modules()` gives its submodules.
 _STATE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+# What every module has, in this order and before its own attributes; most of it is hooks, and most modules have none.
+_COMMON = [*vars(nn.Module())]
+_hooks_of = itemgetter(*(i for i, name in enumerate(_COMMON) if name not in _STATE | {"training"}))
 _LEAVES = (Tensor, str, bytes, int, float, complex, type, type(None))
 _LEAF_TYPES = {Tensor, nn.Parameter, str, int, float, bool, type(None)}  # most attributes of modules: told apart fast
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_OPEN = (nn.Module, SimpleNamespace, argparse.Namespace)  # searched for attributes, whoever wrote them
 # Objects of these packages are not searched for attributes, nor is their code.
 _CLOSED = {"torch", "numpy", "sama_kernels", "builtins", *sys.stdlib_module_names} - {"__main__"}
 
@@ -52,21 +58,29 @@ def reachable(roots: Iterable[object]) -> Reach:
     queue = deque(map(_itself, roots))
     classes = _Classes(_packages(queue))
     seen: dict[int, object] = {}
+    met: dict[int, object] = {}  # keeps them alive too
     while queue and len(seen) < _LIMIT:
         item = queue.popleft()
         if id(item) in seen:
             continue
-        seen[id(item)] = item  # keeps it alive, so that its id stays its own
+        together = [item]
         if isinstance(item, nn.Module) and item not in found.modules:  # at once, not after the rest of a container
-            inside = [m for m in item.modules() if m not in found.modules]
+            inside = [m for m in modules_of(item) if m not in found.modules]
             found.modules.update(dict.fromkeys(inside))
-            queue.extend(inside)
-        found.compiled = found.compiled or _is_compiled(item)
-        if classes.draw(type(item)):
-            found.generators.append(item)
-        around = map(_itself, _neighbours(item, classes))
-        queue.extend(x for x in around if type(x) not in _LEAF_TYPES and not isinstance(x, _LEAVES))
-    found.compiled = found.compiled or any(map(_is_compiled, found.modules))
+            together += (m for m in inside if m is not item)
+        for one in together:
+            seen[id(one)] = one  # keeps it alive, so that its id stays its own
+            kind = classes.known.get(type(one)) or classes.of(one)
+            found.compiled = found.compiled or _is_compiled(one)
+            if kind.draws:
+                found.generators.append(one)
+            for x in _neighbours(one, kind):
+                if type(x) in _LEAF_TYPES or id(x) in met:
+                    continue
+                met[id(x)] = x
+                x = _itself(x)
+                if not isinstance(x, _LEAVES) and not (isinstance(x, dict) and not x):
+                    queue.append(x)
     return found
 
 
@@ -80,30 +94,45 @@ def _itself(item: Any) -> object:
         return None
 
 
+class _Kind(NamedTuple):
+    """What a search needs to know of the class of an object.
+
+    Attributes:
+        is_module: modules that are no containers as well. draws: random number generators.
+        is_open: whether their attributes are searched. slots: the names of more of them.
+        functions: of the class; those of its first object alone.
+        searched: the packages that the closures are written in.
+    """
+
+    is_module: bool
+    draws: bool
+    is_open: bool
+    slots: tuple[str, ...]
+    functions: list[FunctionType]
+    searched: set[str]
+
+
 class _Classes:
-    """What one search needs to know of the class of an object, found once: a model has many modules of few classes."""
+    """The classes that one search has met, looked at once each: a model has many modules of few classes."""
 
     def __init__(self, searched: set[str]) -> None:
-        self.searched = searched
-        self._known: dict[type, tuple[bool, tuple[str, ...], list[type]]] = {}
-        self._draw: dict[type, bool] = {}
+        self._searched = searched
+        self._library: dict[type, bool] = {}  # whether a class is, which many are derived from
+        self.known: dict[type, _Kind] = {}
 
-    def draw(self, kind: type) -> bool:
-        """Whether objects of this class are random number generators."""
-        known = self._draw.get(kind)
-        if known is None:
-            known = self._draw[kind] = is_generator(kind)
-        return known
-
-    def of(self, item: object) -> tuple[bool, tuple[str, ...], list[type]]:
-        """Whether the object's attributes are searched, its slots, and the classes whose functions are."""
+    def of(self, item: object) -> _Kind:
+        """What is not `known` yet."""
         kind = type(item)
-        known = self._known.get(kind)
-        if known is None:
-            is_open = isinstance(item, nn.Module | SimpleNamespace | argparse.Namespace) or not _from(kind, _CLOSED)
-            bases = [base for base in kind.__mro__ if not _is_library(base, self.searched)]
-            known = self._known[kind] = is_open, _slots(kind), bases
-        return known
+        is_open = isinstance(item, _OPEN) or not _from(kind, _CLOSED)
+        for base in kind.__mro__:
+            if base not in self._library:
+                self._library[base] = _is_library(base, self._searched)
+        bases = [base for base in kind.__mro__ if not self._library[base]]
+        functions = [x for base in bases for x in vars(base).values() if isinstance(x, FunctionType)]
+        is_module = issubclass(kind, nn.Module) and not issubclass(kind, (dict, *_CONTAINERS))
+        first = _Kind(is_module, is_generator(kind), is_open, _slots(kind), functions, self._searched)
+        self.known[kind] = first._replace(functions=[])
+        return first
 
 
 def _is_compiled(item: object) -> bool:
@@ -123,10 +152,12 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _neighbours(item: Any, classes: _Classes) -> Iterable[object]:
+def _neighbours(item: Any, kind: _Kind) -> Iterable[object]:
     """The objects that `item` leads to."""
+    if kind.is_module:  # most of what there is
+        return _of_object(item, kind)
     if isinstance(item, FunctionType):
-        return _of_function(item, classes.searched)
+        return _of_function(item, kind.searched)
     if isinstance(item, MethodType):
         return (item.__self__, item.__func__)
     if isinstance(item, functools.partial):
@@ -135,22 +166,23 @@ def _neighbours(item: Any, classes: _Classes) -> Iterable[object]:
         return tuple(islice(item.values(), _LONG))  # at once, as other threads may work on it
     if isinstance(item, _CONTAINERS):
         return tuple(islice(item, _LONG))
-    return _of_object(item, classes)
+    return _of_object(item, kind)
 
 
-def _of_object(item: object, classes: _Classes) -> Iterable[object]:
-    is_open, slots, bases = classes.of(item)
-    if not is_open:
+def _of_object(item: object, kind: _Kind) -> Iterable[object]:
+    if not kind.is_open:
         return ()
     attributes = getattr(item, "__dict__", {}).copy()
-    if isinstance(item, nn.Module):
-        for name in _STATE:
-            attributes.pop(name, None)
-    return (
-        *(x for x in attributes.values() if type(x) not in _LEAF_TYPES and not (isinstance(x, dict) and not x)),
-        *(getattr(item, name, None) for name in slots),
-        *(x for base in bases for x in vars(base).values() if isinstance(x, FunctionType)),
-    )
+    found = [*attributes.values()]
+    if kind.is_module or isinstance(item, nn.Module):
+        if [*attributes][: len(_COMMON)] == _COMMON and not any(_hooks_of(found)):
+            del found[: len(_COMMON)]
+        else:  # also ScriptModules, and modules that an older torch has saved
+            found = [x for name, x in attributes.items() if name not in _STATE]
+    if kind.slots or kind.functions:
+        found += [getattr(item, name, None) for name in kind.slots]
+        found += kind.functions
+    return found
 
 
 def _of_function(function: FunctionType, searched: set[str]) -> Iterator[object]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from sama_kernels.distributed.sharded import local
+from sama_kernels.distributed.sharded import local, locals_of
 
 _known_apart: set[tuple[object, ...]] = set()
 """Places of tensors whose cells were looked at one by one, and are no other's."""
@@ -68,7 +68,7 @@ def separate(base_params: Sequence[Tensor], meta_params: Sequence[Tensor]) -> No
 
 def _neighbours(params: Sequence[Tensor]) -> Iterator[list[int]]:
     """The rows of tensors whose spans overlap, together; views of one tensor may do so without sharing a cell."""
-    spans = sorted((*span(local(p)), row) for row, p in enumerate(params) if p.numel())
+    spans = sorted((*span(x), row) for row, x in enumerate(locals_of(params)) if x.numel())
     rows: list[int] = []
     reached = 0
     for start, end, row in spans:

@@ -78,6 +78,7 @@ LAYERS = [
         "sama_kernels.graphs",
         "sama_kernels.hooks",
         "sama_kernels.nn",
+        "sama_kernels.trees",
     ],
     ["sama_kernels.integrations.optimizers", "sama_kernels.integrations.endless"],
     ["sama_kernels.integrations"],

@@ -128,6 +128,24 @@ def test_a_weight_in_other_memory_with_the_same_contents_is_no_change() -> None:
     assert torch.equal(*results) and results[0].any()
 
 
+def test_a_weight_that_two_passes_give_other_memory_comes_back_from_the_second() -> None:
+    """The first one leaves it in another place, with the same contents; the second one has to give that back."""
+    model, calls = nn.Linear(4, 3), 0
+    base_loss, meta_loss, weights = closures(model)
+    optimizer = stepped(list(model.parameters()), base_loss)
+    theta = model.weight.detach().clone()
+
+    def moving() -> Tensor:
+        nonlocal calls
+        calls += 1
+        model.weight.data = model.weight.data.clone() if calls == 1 else model.weight.data * 0.5
+        return base_loss()
+
+    with pytest.raises(RuntimeError, match=r"base_loss: it writes base parameters \(1; the first is tensor 0"):
+        sk.meta_grad(moving, meta_loss, base_params=model, meta_params=[weights], optimizer=optimizer, alpha=0.1)
+    assert calls == 2 and torch.equal(model.weight, theta)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_another_parameter_written_in_the_base_loss_is_an_error(in_place: bool) -> None:
     model = Momentum(in_place)

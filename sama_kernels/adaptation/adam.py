@@ -13,12 +13,10 @@ def adam(step: GroupStep) -> list[OpCall]:
     Decoupled decay (AdamW) does not enter D; coupled decay does, through the effective gradient g + weight_decay theta.
     """
     h = step.hyper
-    state = step.optimizer.state
-    used = [i for i, p in enumerate(step.params) if "exp_avg" in state.get(p, {})]
-    states = [state[step.params[i]] for i in used]
+    used, states = step.with_state("exp_avg")
     decay = step.coupled_decay()
     lists = (
-        [step.gradient(i) for i in used],
+        step.gradients(used),
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [s["max_exp_avg_sq"] for s in states] if h["amsgrad"] else [],

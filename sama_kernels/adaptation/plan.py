@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sama_kernels.adaptation import step_record
-from sama_kernels.distributed.sharded import local, placed_as
+from sama_kernels.distributed.sharded import locals_of, placed_as
 
 
 @dataclass
@@ -74,6 +74,16 @@ class GroupStep:
         """The gradient of the step, still in `.grad`."""
         return gradient_of_step(self.params[i], self.hyper, self.name, self.rows[i])
 
+    def gradients(self, used: Sequence[int]) -> list[Tensor]:
+        """Those of several of the parameters; in the usual case, plain tensors that nobody has changed, quicker."""
+        params = [self.params[i] for i in used]
+        grads = [p.grad for p in params]
+        if step_record.all_unchanged(self.hyper, params, grads):
+            plain = [g for g in grads if type(g) is Tensor and g.layout == torch.strided]
+            if len(plain) == len(params):
+                return plain
+        return [self.gradient(i) for i in used]
+
 
 def gradient_of_step(p: Tensor, hyper: dict[str, Any], name: str, row: int) -> Tensor:
     """The gradient that the last step was made with (`hyper` is its record), still in `.grad`.
@@ -118,7 +128,7 @@ def apply(plan: Sequence[OpCall], v: list[Tensor | None], backend: str) -> list[
             continue
         for k in used:
             adapted[call.rows[k]] = v[call.rows[k]]
-        lists = [[local(entries[k]) for k in used] if entries else [] for entries in call.lists]
+        lists = [locals_of(entries[k] for k in used) if entries else [] for entries in call.lists]
         numbers = [] if call.coefficients is None else [_rows(call.coefficients, used)]
         norm_sqs.append(call.op([v[call.rows[k]] for k in used], *lists, *numbers, **call.options, backend=backend))
     v[:] = adapted

@@ -62,12 +62,14 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     records, groups = _records.get(optimizer), optimizer.param_groups
     if records is None:
         return [_hyperparameters(group) for group in groups]
+    ids = [{id(p) for p in group["params"]} for group in groups]
+    if all(ids) and ids == [record[PARAMS] for record in records]:
+        return [*records]
     owner = {i: record for record in records for i in record[PARAMS]}
-    return [_record_of(group, owner) for group in groups]
+    return [_record_of(group, own, owner) for group, own in zip(groups, ids, strict=True)]
 
 
-def _record_of(group: dict[str, Any], owner: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    ids = {id(p) for p in group["params"]}
+def _record_of(group: dict[str, Any], ids: set[int], owner: dict[int, dict[str, Any]]) -> dict[str, Any]:
     found = {id(owner[i]): owner[i] for i in ids if i in owner}
     if len(found) > 1:
         raise ValueError(
@@ -117,6 +119,19 @@ def unchanged(hyper: dict[str, Any], p: Tensor) -> bool:
     return reference() is grad and grad._version == version
 
 
+def all_unchanged(hyper: dict[str, Any], params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> bool:
+    """Whether all of `params`, of which `grads` are the `.grad`, had one after the step of `hyper`, and it still is
+    what it was; also if that step was not seen."""
+    if GRADS not in hyper:
+        return all(grad is not None for grad in grads)
+    seen = hyper[GRADS]
+    for p, grad in zip(params, grads, strict=True):
+        reference, version = seen.get(id(p), _none)
+        if grad is None or reference() is not grad or grad._version != version:
+            return False
+    return True
+
+
 def has_moved(optimizer: Optimizer, params: Iterable[Tensor]) -> bool:
     """Whether some of these parameters were written since the step; False if that is not known."""
     versions = _versions.get(optimizer, {})
@@ -139,7 +154,7 @@ def advanced(optimizer: Optimizer, steps: int) -> None:
         _record(optimizer, (), {})
         for group, record in zip(optimizer.param_groups, _records[optimizer], strict=True):
             record[SKIPPED] = set()
-            record[GRADS] = {id(p): (_nothing, -1) for p in group["params"]}
+            record[GRADS] = {id(p): _none for p in group["params"]}
 
 
 def has_hooks(optimizer: Optimizer) -> bool:
@@ -150,6 +165,9 @@ def has_hooks(optimizer: Optimizer) -> bool:
 
 def _nothing() -> None:
     """Like a reference to a tensor that is gone."""
+
+
+_none = (_nothing, -1)
 
 
 def _is_watched(optimizer: Optimizer) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sama_kernels.graphs import nodes
 from sama_kernels.hooks import ACCUMULATED, unhooked
+from sama_kernels.trees import instances
 
 _ORDINARY = (Tensor, nn.Parameter)  # most of what is asked about, thousands of times in a meta step
 _ranks_of_mesh: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
@@ -46,6 +47,11 @@ def local(x: Any) -> Any:
         return x
     with torch.no_grad():  # with a graph it would be a view with a history
         return x.to_local()
+
+
+def locals_of(tensors: Iterable[Any]) -> list[Any]:
+    """`local` of each, most of which are no DTensors."""
+    return [x if type(x) in _ORDINARY else local(x) for x in tensors]
 
 
 def whole(x: Any) -> Tensor:
@@ -110,7 +116,10 @@ def sum_over(value: Tensor, groups: Groups) -> Tensor:
 
 def by_groups(params: Sequence[Tensor], rows: Iterable[int]) -> dict[Groups, list[int]]:
     """The rows of `params` that are divided over the same ranks."""
+    rows = list(rows)
     found: dict[Groups, list[int]] = {}
+    if rows and all(type(params[row]) in _ORDINARY for row in rows):
+        return {(): rows}
     for row in rows:
         found.setdefault(groups_of(params[row]), []).append(row)
     return found
@@ -126,12 +135,12 @@ def fsdp_modules(modules: Iterable[nn.Module]) -> tuple[Any, ...]:
     if fsdp is None:
         return ()
     modules = tuple(modules)
-    if any(isinstance(m, fsdp.FullyShardedDataParallel) for m in modules):
+    if instances(modules, fsdp.FullyShardedDataParallel):
         raise NotImplementedError(
             "base_params, meta_params: FullyShardedDataParallel (FSDP1) keeps parameters in flat buffers of its own and"
             " is not supported; use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    return tuple(m for m in modules if isinstance(m, fsdp.FSDPModule))
+    return tuple(instances(modules, fsdp.FSDPModule))
 
 
 def synchronising(modules: Iterable[Any]) -> None:
@@ -210,7 +219,7 @@ def gradients(loss: Tensor, inputs: Sequence[Tensor], owned: dict[int, Tensor]) 
     """
     if not any(id(x) in owned for x in inputs):
         grads = list(torch.autograd.grad(loss, inputs, allow_unused=True))
-        return [g if g is None else _placed(g, x) for g, x in zip(grads, inputs, strict=True)]
+        return [g if g is None or type(g) is Tensor else _placed(g, x) for g, x in zip(grads, inputs, strict=True)]
     leaves = [x for x in {id(x): x for x in (*owned.values(), *inputs, *_leaves(loss))}.values() if x.is_leaf]
     with _grads_aside(leaves), unhooked(leaves, ACCUMULATED):
         kept: dict[int, Tensor] = {}

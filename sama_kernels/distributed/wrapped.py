@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sama_kernels.trees import instances
+
 
 @contextmanager
 def quiet(modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -18,13 +20,13 @@ def quiet(modules: Iterable[nn.Module]) -> Iterator[None]:
     Its reducer waits for hooks that fire in `.backward()` only; a meta step differentiates with `autograd.grad`, and
     without this the next forward pass raises, or the ranks wait for one another for ever.
     """
-    wrapped = [m for m in modules if isinstance(m, DistributedDataParallel)]
+    wrapped = instances(modules, DistributedDataParallel)
     before = [(m.require_backward_grad_sync, m.require_forward_param_sync, m.reducer) for m in wrapped]
     try:
         for m in wrapped:
             m.require_backward_grad_sync = False
             m.require_forward_param_sync = False
-            m.reducer = _Resting(m.reducer)  # type: ignore[assignment]
+            m.reducer = _Resting(m.reducer)
         yield
     finally:
         for m, (backward, forward, reducer) in zip(wrapped, before, strict=True):
