@@ -88,9 +88,8 @@ def test_adam_at_every_exponent(place: Place, eps: float) -> None:
     case = Adam([(numel,)], F32, F32, mode=ops.EXACT)
     case.scalars["eps"] = eps
     w = torch.randint(0, 2**31, (numel,), dtype=torch.int32).view(F32)
-    w = torch.where(w > 2.0**100, 2.0**-149 * torch.rand(numel), w)  # no reciprocal is a denormal; some w are 0
     w[:3] = torch.tensor([0.0, math.inf, math.nan])
-    assert len(torch.frexp(w[3:]).exponent.unique()) > 225  # of 250
+    assert len(torch.frexp(w[3:]).exponent.unique()) > 250  # of 277
     case.exp_avg_sqs = [w]
     (compiled,), _ = case.run("cpu")
     (kernel,), _ = place.adam(case)

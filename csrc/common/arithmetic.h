@@ -9,7 +9,7 @@
 
 #include <cmath>
 
-#include "inline.h"
+#include "dtypes.h"
 
 namespace sama {
 
@@ -53,16 +53,19 @@ SAMA_INLINE float square_root(float x) {
   return x == 0.0f || x == INFINITY ? x : better; // there the root is 0 Inf
 }
 
-// But for |x| > 2^126 rounded to nearest: a denormal reciprocal is rounded twice.
 template <>
 SAMA_INLINE float reciprocal(float x) {
   const float size = fabsf(x);
-  const float scale = size < 0x1p-126f ? 0x1p64f : size > 0x1p126f ? 0x1p-64f : 1.0f;
-  const float scaled = x * scale;
-  const float estimate = reciprocal_estimate(scaled);
+  const bool small = size < 0x1p-126f, large = size > 0x1p126f;
+  const float scaled = x * (small ? 0x1p64f : large ? 0x1p-64f : 1.0f);
+  // Where the result is a denormal it must be rounded once, as one: by the last fused operation, with factors that the
+  // denormals can hold. So the estimate keeps 21 of its bits there, and Newton's step becomes Halley's.
+  const float estimate = bit_cast<float>(bit_cast<uint32_t>(reciprocal_estimate(scaled)) & (large ? ~7u : ~0u));
   // Of 0 and Inf the estimate is right and the residual 0 Inf, in whose place fminf takes a number.
   const float residual = fminf(fmaf(-scaled, estimate, 1.0f), 0.5f);
-  return fmaf(estimate, residual, estimate) * scale;
+  const float correction = large ? fmaf(residual, residual, residual) : residual;
+  const float start = estimate * (large ? 0x1p-64f : 1.0f);
+  return fmaf(start, correction, start) * (small ? 0x1p64f : 1.0f);
 }
 
 #endif

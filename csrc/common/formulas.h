@@ -56,7 +56,11 @@ SAMA_INLINE T adam_element(const AdamScalars<T>& k, T d, T g, T m, T w, T w_max,
   // One division serves 1/q and 1/(s q): the divider, not memory, bounds this loop for 16-bit storage.
   const bool empty = second == zero;
   const T divisor = empty ? one : s;
-  const T inv_sq = inverse_or_zero(divisor * q, q == zero);
+  T inv_sq;
+  if (amsgrad && decay) // the one variant whose registers do not suffice for more
+    inv_sq = q == zero ? zero : one / (divisor * q);
+  else
+    inv_sq = inverse_or_zero(divisor * q, q == zero);
   const T inv_q = inv_sq * divisor;
   T gradient = k.sign * g;
   if (decay) gradient = gradient + k.weight_decay * (p + k.rate * (m * inv_q));

@@ -63,14 +63,15 @@ __device__ inline AdamScalars<T> block_scalars(const Table<lists>& table, const 
 
 // Blocks on a multiprocessor at once; 0: as the compiler likes. Plain Adam in float32 fits into the 80 registers of
 // three blocks (it takes 96, of two, if let), with all loads under way before the first is waited for. On sm_100 it
-// would spill 16 bytes, and so would the variants with more operands everywhere.
+// would spill 16 bytes, and so would the variants with more operands everywhere, into which the compiler presses them there.
+template <class T, bool amsgrad, bool decay>
+constexpr int kBlocksOfFloat = 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-template <class T, bool amsgrad, bool decay>
-constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) && !amsgrad && !decay ? 3 : 0;
-#else
-template <class T, bool amsgrad, bool decay>
-constexpr int kBlocksAtOnce = 0;
+template <class T>
+constexpr int kBlocksOfFloat<T, false, false> = 3;
 #endif
+template <class T, bool amsgrad, bool decay>
+constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) ? kBlocksOfFloat<T, amsgrad, decay> : 0;
 
 template <class T, bool exact, bool amsgrad, bool decay>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, amsgrad, decay>) adam_kernel(

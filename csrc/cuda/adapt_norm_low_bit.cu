@@ -96,10 +96,15 @@ __device__ inline void dequantise(
   }
 }
 
-// Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which in float64 is two on sm_100, by
-// pressing a kernel into 128 registers and spilling one of them.
+// Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which would be four in float32 on sm_80
+// and two in float64 on sm_100, by pressing a kernel into 64 or 128 registers and spilling one of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kLowBitBlocksOfFloat = 3;
+#else
+constexpr int kLowBitBlocksOfFloat = 0;
+#endif
 template <class T>
-constexpr int kLowBitBlocks = sizeof(T) == 8 ? 1 : 0;
+constexpr int kLowBitBlocks = sizeof(T) == 8 ? 1 : kLowBitBlocksOfFloat;
 
 template <class T, bool exact, bool packed>
 __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kernel(

@@ -60,10 +60,12 @@ struct MomentsKernel {
 };
 
 // Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which for a kernel with weight decay
-// or of Form::Delta is three, by pressing it into 80 registers and spilling one or two of them.
+// or of Form::Delta is three, and for Form::Centered four, by pressing it into 80 or 64 registers and spilling one or two.
+template <class Variant>
+constexpr bool kIsLarge =
+    Variant::decay != Decay::None || Variant::form == Form::Delta || Variant::form == Form::Centered;
 template <class T, class Variant>
-constexpr int kBlocks =
-    sizeof(T) == 4 && (Variant::decay != Decay::None || Variant::form == Form::Delta) ? 2 : 0;
+constexpr int kBlocks = sizeof(T) == 4 && kIsLarge<Variant> ? 2 : 0;
 
 template <class T, class Variant>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, Variant>) moments_kernel(
