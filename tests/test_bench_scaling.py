@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sama_kernels as sk
-from bench import collectives, scaling, scaling_report
+from bench import collectives, measure, scaling, scaling_report
 from bench.collectives import Collectives, bytes_written, common, overlap, union
 
 ROOT = Path(__file__).parent.parent
@@ -301,7 +301,7 @@ def test_oversubscribed_processes_are_marked() -> None:
 
 @pytest.mark.parametrize(("load", "said"), [(0.9, False), (1.1, True)])
 def test_a_disturbed_run_is_marked(load: float, said: bool) -> None:
-    assert scaling_report.disturbed([{"machine": {"load": load, "cpus": 2}}]) == said
+    assert measure.disturbed({"load": load, "cpus": 2}) == said
 
 
 def test_what_is_kept_is_what_the_page_says() -> None:
