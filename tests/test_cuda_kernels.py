@@ -91,9 +91,10 @@ def test_adam_at_every_exponent(place: Place, eps: float) -> None:
     w[:3] = torch.tensor([0.0, math.inf, math.nan])
     assert len(torch.frexp(w[3:]).exponent.unique()) > 250  # of 277
     case.exp_avg_sqs = [w]
+    case.exp_avgs, case.grads = ([w.sqrt() * torch.randn(numel)] for _ in range(2))  # so that D d is no overflow
     (compiled,), _ = case.run("cpu")
     (kernel,), _ = place.adam(case)
-    assert same_bits(kernel, compiled) and kernel.isfinite().any()
+    assert same_bits(kernel, compiled) and kernel.isfinite().float().mean() > 0.9
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

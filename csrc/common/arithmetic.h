@@ -23,7 +23,7 @@ SAMA_INLINE T reciprocal(T x) {
   return T(1) / x;
 }
 
-// The emulation has the sequences, too, with other estimates.
+// The emulation has the sequences, too, with other estimates, which take denormals for 0 as the GPU's do.
 #if defined(__CUDA_ARCH__) || defined(SAMA_EMULATION)
 
 #ifdef __CUDA_ARCH__
@@ -38,8 +38,9 @@ __device__ inline float reciprocal_estimate(float x) {
   return y;
 }
 #else
-inline float root_estimate(float x) { return float(1 / std::sqrt(double(x))); }
-inline float reciprocal_estimate(float x) { return float(1 / double(x)); }
+inline float flushed(float x) { return std::abs(x) < 0x1p-126f ? 0.0f * x : x; }
+inline float root_estimate(float x) { return flushed(float(1 / std::sqrt(double(flushed(x))))); }
+inline float reciprocal_estimate(float x) { return flushed(float(1 / double(flushed(x)))); }
 #endif
 
 template <>
