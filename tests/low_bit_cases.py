@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from op_cases import F32, F64, clones, identical, randn, undecided
+from op_cases import F32, F64, assert_as_good, clones, identical, randn, undecided
 from torch import Tensor
 
 from sama_kernels import ops
@@ -85,6 +85,10 @@ class LowBit:
 
     def exact(self, i: int) -> Tensor:
         """D d from Adam's formula in float64 (see op_cases.Adam.exact), at the moments put right."""
+        return self._exact(i)[0]
+
+    def _exact(self, i: int) -> tuple[Tensor, Tensor]:
+        """And its size before the two terms of r cancel: what a rounding error is a part of."""
         k, t = self.options, self.steps[i].item()
         b1, b2 = k["beta1"], k["beta2"]
         c1, c2 = 1 - b1**t, 1 - b2**t
@@ -99,7 +103,14 @@ class LowBit:
         noise = 8 * torch.finfo(compute_dtype(self.v[i].dtype)).eps * (1 - b1)
         r = torch.where((1 - b1 - ratio).abs() <= noise, 0.0, 1 - b1 - ratio)
         tail = (1 - b1) * k["eps"] if k["mode"] == ops.EXACT else 0.0
-        return undecided(k["lr"] / c1 * (r * s + tail) / q**2 * d, (1 - b1 - ratio).abs(), noise)
+        exact, size = (k["lr"] / c1 * (x * s + tail) / q**2 * d for x in (r, 1 - b1 + ratio.abs()))
+        return undecided(exact, (1 - b1 - ratio).abs(), noise), size.abs()
+
+    def assert_as_good(self, kernel: list[Tensor], plain: list[Tensor]) -> None:
+        """Results of `run`. They span ten orders of magnitude, so that each error is counted in the element's size."""
+        exact, sizes = zip(*map(self._exact, range(len(self.v))), strict=True)
+        kernel_, plain_, exact_, sizes_ = (torch.cat([x.flatten() for x in xs]) for xs in (kernel, plain, exact, sizes))
+        assert_as_good(kernel_, plain_, exact_, sizes=sizes_)
 
 
 def _call(bits: int = 8, **changes: Any) -> Callable[[str], object]:

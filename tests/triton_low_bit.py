@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from low_bit_cases import BITS, ERRORS, LowBit
-from op_cases import BF16, DTYPES, F32, F64, assert_as_good, assert_close, clones, identical, same_bits
+from op_cases import BF16, DTYPES, F32, F64, assert_close, clones, identical, same_bits
 from test_ops import LAYOUTS, specials
 from test_ops_low_bit import MIXES, op_inputs
+from test_ops_moments import flat
 from torch.utils._pytree import tree_map_only
 from triton_contract import launches  # noqa: F401
 from triton_values import DEVICE, SHAPES, chunks, fresh_inputs, pytestmark  # noqa: F401
@@ -28,12 +29,11 @@ COMPARABLE = DEVICE == "cpu" and backends.unavailable("cpu", torch.device("cpu")
 def test_values(bits: int, dtype: torch.dtype, grads: torch.dtype, block_size: int, t: int, chunks: str) -> None:  # noqa: F811
     case = LowBit(SHAPES, dtype, grads, bits, block_size, ops.EXACT if chunks == "long" else ops.PAPER, t)
     (kernel, norm), (plain, plain_norm) = case.run("triton"), case.run("reference")
-    flat = [torch.cat([x.flatten() for x in xs]) for xs in (kernel, plain, [case.exact(i) for i in range(len(SHAPES))])]
-    assert_as_good(*flat)
+    case.assert_as_good(kernel, plain)
     if COMPARABLE:  # their square root is correctly rounded, torch's is not
         assert all(map(same_bits, kernel, case.run("cpu")[0]))
     if dtype in (F32, F64):
-        torch.testing.assert_close(norm, flat[0].double().square().sum(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(norm, flat(kernel).double().square().sum(), rtol=1e-12, atol=0)
     torch.testing.assert_close(norm, plain_norm, rtol=1e-5, atol=0)  # one cell may be most of it, and be some ulps off
 
 
