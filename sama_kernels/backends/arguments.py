@@ -184,11 +184,11 @@ def _all_in_order(lists: Mapping[str, Sequence[Tensor]], written: Sequence[str],
     """The usual case, list by list, which is quicker; False if `check_lists` has to look closer."""
     first = next(iter(lists.values()))
     shapes, dtypes = [x.shape for x in first], [x.dtype for x in first]
-    for name, tensors in lists.items():
-        own = dtypes if tensors is first else [x.dtype for x in tensors]
+    for i, (name, tensors) in enumerate(lists.items()):  # `tensors is first` is nothing that Dynamo of torch 2.11 traces
+        own = [x.dtype for x in tensors] if i else dtypes
         if not _STORAGE.issuperset(own) or (same_dtype and own != dtypes):
             return False
-        if tensors is not first and [x.shape for x in tensors] != shapes:
+        if i and [x.shape for x in tensors] != shapes:
             return False
         if name in written and not all(x.is_contiguous() for x in tensors):
             return False
