@@ -2,7 +2,7 @@
 # Everything that needs a GPU, within ten minutes and without a network: `make gpu` (or bench/gpu.sh).
 #
 #   PYTHON   the interpreter that has torch (python3)        OUT     where results go (gpu_results): at most 8 files
-#   WHEELS   a folder of wheels of packages that are missing  COMMIT  what the JSON calls this tree where there is no git
+#   WHEELS   a folder of wheels of packages that are missing  COMMIT  what the JSON calls this tree, if not git's HEAD
 #   DRY_RUN=1  go through the same steps on the CPU with small sizes, as far as they go
 #   ONLY="kernels tests"  these steps alone, by the names in OUT/steps.log (the kernels must have been built before)
 #
@@ -98,9 +98,9 @@ step build 150 "$PYTHON" setup.py build_ext --inplace --force --build-temp "$scr
 if [ "$device" = cuda ]; then
     # Whatever is not timed runs at the same time; most of it is the compilation of Triton kernels.
     workers=() # a thousand tests, some of which compile or start processes of their own
-    "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 3 --dist loadfile)
-    # The slowest took 200 s on 16 processors with an H100.
-    step tests 240 "$PYTHON" -m pytest -v --tb=short -m gpu "${workers[@]}" --ignore tests/test_triton_kernels.py \
+    "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4 --dist loadfile)
+    # The slowest took 236 s in three processes, on 16 processors with an H100.
+    step tests 260 "$PYTHON" -m pytest -v --tb=short -m gpu "${workers[@]}" --ignore tests/test_triton_kernels.py \
         -k "not $LARGE" --junitxml "$scratch/tests.xml" -p no:cacheprovider &
     for part in values:1/3 values:2/3 values:3/3 moments:1/3 moments:2/3 moments:3/3 low_bit:1/2 low_bit:2/2 contract:1/1; do
         step "triton_$part" 240 env SAMA_TEST_SHARD="${part#*:}" "$PYTHON" -m pytest -q "tests/triton_${part%:*}.py" \

@@ -83,10 +83,10 @@ def gpu() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the working tree; $COMMIT where there is no git or no repository (a copy of the tree on another machine)."""
+    """Of the working tree; $COMMIT if set: a copy on another machine may have no git, or another HEAD."""
     head = output_of("git", "rev-parse", "--short", "HEAD")
     changed = output_of("git", "status", "--porcelain", "-uno")
-    return head + ("+changes" if changed else "") if head else os.environ.get("COMMIT", "unknown")
+    return os.environ.get("COMMIT") or (head + ("+changes" if changed else "") if head else "unknown")
 
 
 def installed(package: str) -> str | None:
