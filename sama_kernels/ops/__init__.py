@@ -1,4 +1,7 @@
-"""The element-wise ops of a meta step, one file each; every one takes the tensors of the whole model in one call."""
+"""The element-wise ops of a meta step, one file each; every one takes the tensors of the whole model in one call.
+
+They have no derivative: with tensors on which autograd records they raise RuntimeError.
+"""
 
 from sama_kernels.backends.arguments import COEFFICIENTS
 from sama_kernels.backends.reference import (

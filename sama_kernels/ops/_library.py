@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sama_kernels.backends import triton
 
@@ -36,6 +37,33 @@ def define(schema: str, *, reference: Callable[..., object], fake: Callable[...,
         _library.define(schema.replace(name, op, 1))  # type: ignore[no-untyped-call]
         _library.impl(op, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"sama::{op}", fake, lib=_library)
+
+
+def refuse_gradients(op: str, **lists: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if autograd records operations on one of these tensors, by their arguments' names.
+
+    The ops have no derivative: a backward pass or a forward-mode derivative would go past them as if they had not been
+    there, with nothing but a warning, or none.
+    """
+    recorded = _recorded if forward_ad._current_level >= 0 else _requires_grad if torch.is_grad_enabled() else None
+    if recorded is None:
+        return
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if recorded(x):
+                raise RuntimeError(
+                    f"sama::{op}: {name}[{i}] takes part in a derivative, and the op has none; call it under"
+                    " torch.no_grad(), with detached tensors"
+                )
+
+
+def _requires_grad(x: Tensor) -> bool:
+    return x.requires_grad
+
+
+def _recorded(x: Tensor) -> bool:
+    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def fake_norm_sq(v: Sequence[Tensor], *_: object) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define, fake_norm_sq, written
+from sama_kernels.ops._library import define, fake_norm_sq, refuse_gradients, written
 from sama_kernels.upload import refuse_captured
 
 
@@ -59,7 +59,12 @@ def adapt_norm_adam(
     Bytes moved per float32 element: 16 read + 4 written (+ 4 read with L2 decay, + 4 read with amsgrad).
     """
     lr_tensor, lr_float = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
-    refuse_captured(chain(steps, () if lr_tensor is None else (lr_tensor,)), v)
+    lr_tensors = () if lr_tensor is None else (lr_tensor,)
+    refuse_captured(chain(steps, lr_tensors), v)
+    refuse_gradients(
+        "adapt_norm_adam", v=v, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs,
+        max_exp_avg_sqs=max_exp_avg_sqs, params=params, lr=lr_tensors,
+    )  # fmt: skip
     kernel = backends.kernel("adapt_norm_adam", backend)
     norm_sq: Tensor = kernel(
         v, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, params, steps, lr_tensor, lr_float,
@@ -80,6 +85,7 @@ def adapt_norm_scale(v: Sequence[Tensor], scale: float, *, lr: Tensor | None = N
     Bytes moved per float32 element: 4 read + 4 written (4 read if c = 1).
     """
     refuse_captured([] if lr is None else [lr], v)
+    refuse_gradients("adapt_norm_scale", v=v, lr=[] if lr is None else [lr])
     norm_sq: Tensor = backends.kernel("adapt_norm_scale", backend)(v, lr, scale)
     written(v)
     return norm_sq

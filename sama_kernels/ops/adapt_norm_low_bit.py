@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define, fake_norm_sq, written
+from sama_kernels.ops._library import define, fake_norm_sq, refuse_gradients, written
 from sama_kernels.upload import refuse_captured
 
 
@@ -59,7 +59,9 @@ def adapt_norm_low_bit_adam(
     Bytes moved per float32 element: 10 read + 4 written (4-bit codes: 9 + 4), and the scales.
     """
     lr_tensor, lr_float = (lr, 0.0) if isinstance(lr, Tensor) else (None, lr)
-    refuse_captured(chain(steps, () if lr_tensor is None else (lr_tensor,)), v)
+    lr_tensors = () if lr_tensor is None else (lr_tensor,)
+    refuse_captured(chain(steps, lr_tensors), v)
+    refuse_gradients("adapt_norm_low_bit_adam", v=v, grads=grads, lr=lr_tensors)
     kernel = backends.kernel("adapt_norm_low_bit_adam", backend)
     norm_sq: Tensor = kernel(
         v, grads, exp_avg_codes, exp_avg_scales, exp_avg_tables, exp_avg_sq_codes, exp_avg_sq_scales,

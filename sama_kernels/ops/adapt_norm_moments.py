@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define, fake_norm_sq, written
+from sama_kernels.ops._library import define, fake_norm_sq, refuse_gradients, written
 
 
 def adapt_norm_moments(
@@ -81,6 +81,10 @@ def adapt_norm_moments(
         in a fixed order.
     Bytes moved per float32 element: 12 read + 4 written (+ 4 read for each of firsts, params, buffers); LINEAR: 4 + 4.
     """
+    refuse_gradients(
+        "adapt_norm_moments", v=v, grads=grads, firsts=firsts, seconds=seconds, params=params, buffers=buffers,
+        coefficients=[coefficients],
+    )  # fmt: skip
     kernel = backends.kernel("adapt_norm_moments", backend)
     norm_sq: Tensor = kernel(v, grads, firsts, seconds, params, buffers, coefficients, weight_decay, maximize, form)
     written(v)

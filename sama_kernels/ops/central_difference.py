@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define, written
+from sama_kernels.ops._library import define, refuse_gradients, written
 
 
 def central_difference(
@@ -29,6 +29,8 @@ def central_difference(
             not finite so does `explicit`, which came out of the same broken backward pass.
     Bytes moved per float32 element: 8 read + 4 written (+ 4 read with `explicit`).
     """
+    scalars = {"epsilon": [epsilon], "norm": [norm]}
+    refuse_gradients("central_difference", grads_plus=grads_plus, grads_minus=grads_minus, explicit=explicit, **scalars)
     backends.kernel("central_difference", backend)(grads_plus, grads_minus, explicit, epsilon, norm)
     written(grads_plus)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define, written
+from sama_kernels.ops._library import define, refuse_gradients, written
 
 
 def perturb(
@@ -48,6 +48,7 @@ def perturb(
         (2,), on the device of `epsilon`, summed in a fixed order; else two NaN.
     Bytes moved per float32 element: 8 read + 8 written, for each side.
     """
+    refuse_gradients("perturb", params=params, v=v, epsilon=[epsilon])
     sums: Tensor = backends.kernel("perturb", backend)(params, v, epsilon, side, rounding, seed, measure)
     written(params, v)
     return sums

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define, written
+from sama_kernels.ops._library import define, refuse_gradients, written
 
 
 def restore(params: Sequence[Tensor], v: Sequence[Tensor], *, backend: str) -> None:
@@ -21,6 +21,7 @@ def restore(params: Sequence[Tensor], v: Sequence[Tensor], *, backend: str) -> N
         v: the XOR bits; shapes and dtypes of `params`. Read only.
     Bytes moved per float32 element: 8 read + 4 written.
     """
+    refuse_gradients("restore", params=params, v=v)
     backends.kernel("restore", backend)(params, v)
     written(params)
 

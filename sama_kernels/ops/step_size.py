@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sama_kernels import backends
 from sama_kernels.backends import reference
-from sama_kernels.ops._library import define
+from sama_kernels.ops._library import define, refuse_gradients
 
 
 def step_size(norm_sqs: Sequence[Tensor], alpha: float, tiny: float, *, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +24,7 @@ def step_size(norm_sqs: Sequence[Tensor], alpha: float, tiny: float, *, backend:
         Where the norm is tiny or not finite, degenerate is True and epsilon is 0, which every other op reads as
         "leave theta and the gradient alone". Nothing is copied to the host.
     """
+    refuse_gradients("step_size", norm_sqs=norm_sqs)
     norm, epsilon, degenerate = backends.kernel("step_size", backend)(norm_sqs, alpha, tiny)
     return norm, epsilon, degenerate
 
