@@ -184,9 +184,8 @@ def _all_in_order(lists: Mapping[str, Sequence[Tensor]], written: Sequence[str],
     """The usual case, list by list, which is quicker; False if `check_lists` has to look closer."""
     first = next(iter(lists.values()))
     shapes, dtypes = [x.shape for x in first], [x.dtype for x in first]
-    for i, (name, tensors) in enumerate(
-        lists.items()
-    ):  # `tensors is first` is nothing that Dynamo of torch 2.11 traces
+    for i, (name, tensors) in enumerate(lists.items()):
+        # Not `tensors is first`, which Dynamo of torch 2.11 does not trace.
         own = [x.dtype for x in tensors] if i else dtypes
         if not _STORAGE.issuperset(own) or (same_dtype and own != dtypes):
             return False
