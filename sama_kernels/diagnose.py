@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -36,8 +37,8 @@ _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")  # Adam and its kin, RMSpr
 def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
     """Compare the meta gradient of this batch with an exact one, and say in words and numbers what is the matter.
 
-    Call it in place of `meta_grad` (after a base step, while `.grad` is still there), with the same arguments;
-    `difference` and `update_base` are ignored. Of several processes it looks at the batch of this one alone.
+    Call it in place of `meta_grad` (after a base step, while `.grad` is still there), with the same arguments; the
+    verdict is about the `difference` that they ask for. Of several processes it looks at the batch of this one alone.
     ``print(sk.diagnose(...))``.
 
     The central difference at alpha, alpha/2 and a ladder of others is compared with the exact derivative in forward
@@ -51,8 +52,9 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
         ValueError: `algorithm` is not SAMA. What `meta_grad` raises.
     """
     arguments = inspect.signature(meta_grad).bind(*args, **kwargs).arguments
-    for name in ("difference", "update_base"):
-        arguments.pop(name, None)
+    difference = arguments.pop("difference", "central")
+    checks.choice("difference", difference, checks.DIFFERENCES)
+    arguments.pop("update_base", None)  # the meta gradient does not depend on it
     arguments["sync"] = "none"
     optimizer = arguments.get("optimizer")
     arguments["grad_scaler"] = scaler_of(optimizer, arguments.get("grad_scaler"))
@@ -66,14 +68,14 @@ def diagnose(*args: Any, **kwargs: Any) -> Diagnosis:
         arguments[name] = checks.reusable(arguments.get(name))
     # Forward mode needs eager code, and compiled code may draw other dropout masks.
     with Interrupts() as interrupts, uncompiled(), interrupts.allowed():
-        return _Patient(arguments).examine()
+        return _Patient(arguments, difference).examine()
 
 
 class _Patient:
     """One batch, and what is measured on it."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self._arguments = arguments
+    def __init__(self, arguments: dict[str, Any], difference: str) -> None:
+        self._arguments, self._asked = arguments, difference
         self._theta = checks.tensors("base_params", arguments["base_params"], skip_frozen=True)
         self._lam = checks.tensors("meta_params", arguments["meta_params"], skip_frozen=False)
         self._losses = checks.closures("base_loss", arguments["base_loss"])
@@ -84,7 +86,9 @@ class _Patient:
         linear, v = self._direction()
         norm, epsilon = float(linear.norm), float(linear.epsilon)
         alpha = epsilon * norm if epsilon else 0.0
-        facts = Diagnosis(alpha=alpha, theta_norm=_norm(self._theta), norm=norm, epsilon=epsilon)
+        facts = Diagnosis(
+            alpha=alpha, difference=self._asked, theta_norm=_norm(self._theta), norm=norm, epsilon=epsilon
+        )
         if linear.degenerate:
             return degenerate(facts, *self._no_direction(norm))
         self._explicit = _flat(linear.grads[: len(self._lam)])
@@ -108,8 +112,8 @@ class _Patient:
         kind = kind or ("none" if reference is None else "extrapolation")
         loss = float(forward.base_loss_minus)
         lost = float((2 * epsilon * self._difference(at_alpha)).norm() / gradient.norm()) if gradient.norm() else 0.0
-        facts = Diagnosis(
-            alpha=alpha, theta_norm=facts.theta_norm, norm=norm, epsilon=epsilon,
+        facts = replace(
+            facts,
             error=error(self._difference(at_alpha), reference),
             error_forward=error(self._difference(forward), reference),
             reference=kind, why_not=self._why_not, ladder=ladder, base_loss=loss,

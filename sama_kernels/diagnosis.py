@@ -55,6 +55,7 @@ class Diagnosis:
         words: what is the matter. cure: what to do about it.
         suggested_alpha: an absolute alpha that is accurate on this batch; None if alpha is not the matter.
         alpha: length of the step, ||epsilon v||; 0 if degenerate.
+        difference: the one that was asked for, which the verdict is about: "central", "forward" or "exact".
         theta_norm, norm, epsilon: ||theta||, ||v|| and alpha / ||v||.
         error, error_forward: relative error of the central and the forward difference at alpha, against the reference.
         reference: "forward mode", "double backward", or "extrapolation" of central differences where neither is
@@ -75,6 +76,7 @@ class Diagnosis:
     cure: str = ""
     suggested_alpha: float | None = None
     alpha: float = 0.0
+    difference: str = "central"
     theta_norm: float = math.nan
     norm: float = math.nan
     epsilon: float = 0.0
@@ -104,10 +106,8 @@ class Diagnosis:
         if self.cure:
             lines.append(f"  cure: {self.cure}")
         relative = self.alpha / self.theta_norm if self.theta_norm else math.nan
-        lines.append(
-            f"  alpha {self.alpha:.3g} = {relative:.2g} of ||theta|| {self.theta_norm:.4g}; ||v|| {self.norm:.3g},"
-            f" epsilon {self.epsilon:.3g}"
-        )
+        alpha = f"alpha {self.alpha:.3g} = {relative:.2g} of" if self.alpha else "no step;"  # degenerate
+        lines.append(f"  {alpha} ||theta|| {self.theta_norm:.4g}; ||v|| {self.norm:.3g}, epsilon {self.epsilon:.3g}")
         if self.ladder:
             lines += self._measured()
         if self.largest:
@@ -178,6 +178,9 @@ def _verdict(facts: Diagnosis, tolerance: float) -> dict[str, Any]:
             " that of a move which the optimizer never makes",
             "cure": 'adaptation="paper", where they count for nothing',
         }
+    if facts.difference == "exact" and facts.reference == "forward mode":
+        words = f"it takes no step; the central difference at this alpha is off by {_percent(facts.error)}"
+        return {"verdict": "fine", "words": words, "cure": ""}
     at_best, error = best(facts.ladder), known_error(facts.error)
     genuine = facts.reference in ("forward mode", "double backward")
     in_agreement = facts.detached or is_stable(facts.ladder, facts.theta_norm)
@@ -186,19 +189,27 @@ def _verdict(facts: Diagnosis, tolerance: float) -> dict[str, Any]:
         return _plain_detach(facts, at_best)
     if facts.realised is not None and facts.alignment is not None and min(facts.realised, facts.alignment) < REALISED:
         return _lost_in_rounding(facts, tolerance)
+    name, asked = ("forward", facts.error_forward) if facts.difference == "forward" else ("central", facts.error)
+    if known_error(asked) <= tolerance:
+        return {"verdict": "fine", "words": f"the {name} difference is off by {_percent(asked)}", "cure": ""}
     if error <= tolerance:
-        return {"verdict": "fine", "words": f"the central difference is off by {_percent(facts.error)}", "cure": ""}
+        return _of_first_order(facts)
     if known_error(at_best.error) > tolerance or at_best.alpha == facts.alpha:
         return _precision(facts, at_best)
     suggestion = _suggestion(facts.ladder)
-    cure = f"alpha={suggestion:.2g}, or alpha=sama_kernels.relative({suggestion / facts.theta_norm:.2g})"
+    central = 'difference="central" with ' if name == "forward" else ""  # whose ladder it is
+    cure = f"{central}alpha={suggestion:.2g}, or alpha=sama_kernels.relative({suggestion / facts.theta_norm:.2g})"
     if at_best.alpha < facts.alpha:
-        words = f"the difference quotient is off by {_percent(facts.error)}: theta+ and theta- are too far apart"
+        words = f"the difference quotient is off by {_percent(asked)}: theta+ and theta- are too far apart"
         return {"verdict": "alpha too large", "words": words, "cure": cure, "suggested_alpha": suggestion}
-    words = (
-        f"the difference quotient is off by {_percent(facts.error)}, which is rounding: theta+ and theta- are too close"
-    )
+    words = f"the difference quotient is off by {_percent(asked)}, which is rounding: theta+ and theta- are too close"
     return {"verdict": "alpha too small", "words": words, "cure": cure, "suggested_alpha": suggestion}
+
+
+def _of_first_order(facts: Diagnosis) -> dict[str, Any]:
+    words = f"the forward difference, of first order in alpha, is off by {_percent(facts.error_forward)}"
+    cure = f'difference="central", which is off by {_percent(facts.error)} at this alpha; or a smaller alpha'
+    return {"verdict": "alpha too large", "words": words, "cure": cure}
 
 
 def _plain_detach(facts: Diagnosis, at_best: Rung) -> dict[str, Any]:

@@ -275,4 +275,5 @@ def _realised(step: Tensor | None, length: Tensor) -> tuple[Tensor | None, Tenso
     if step is None:
         return None, None
     along, square = step
-    return along / length.square(), along / (length * square.sqrt())
+    # The norm of v is that before its rounding to 16 bits, by whose error the cosine could be larger than 1.
+    return along / length.square(), (along / (length * square.sqrt())).clamp(max=1.0)

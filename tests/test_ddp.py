@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from parallel import Divided, bits_of
+from parallel import BASE_ROWS, Divided, bits_of
 from problems import flat, relative_error
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import sama_kernels as sk
@@ -26,6 +27,9 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "no_sync": {"theta": {}, "no_sync": True},
     "update": {"theta": {}, "lam": {}, "update_base": True},
     "compiled": {"theta": {}, "compiled": True},
+    "unequal batches": {"theta": {}, "lam": {}, "unequal": True},
+    "odd bucket boundaries": {"theta": {}, "lam": {}, "bucket_mib": 100 / 2**20},
+    "comm hook": {"theta": {}, "lam": {}, "unequal": True, "comm_hook": default_hooks.allreduce_hook},
 }
 
 
@@ -35,11 +39,17 @@ def training(
     theta: dict[str, Any] | None = None,
     lam: dict[str, Any] | None = None,
     no_sync: bool = False,
-    update_base: bool = False,
     compiled: bool = False,
+    unequal: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Base steps and meta steps; the gradients of what is not in DDP are averaged by hand."""
-    problem = Divided(rank, world)
+    problem = Divided(rank, world, unequal=unequal)
+    if world == 1:
+        options = {name: option for name, option in options.items() if name == "update_base"}
+    elif unequal:
+        options["weight"] = problem.weight
+    share = problem.weight[0] / BASE_ROWS * world  # DDP averages over ranks, not over rows
     net: nn.Module = problem.net
     if world > 1 and theta is not None:
         net = DDP(net, **theta)
@@ -58,7 +68,7 @@ def training(
                 problem.loss(x[:3], y[:3]).mul(3 / len(x)).backward()
             problem.loss(x[3:], y[3:]).mul((len(x) - 3) / len(x)).backward()
         else:
-            problem.base_loss().backward()
+            (problem.base_loss() * share).backward()
         if world > 1 and theta is None:
             _average(problem.net)
         base_optimizer.step()
@@ -66,7 +76,7 @@ def training(
         before = [p.grad for p in net.parameters()]
         sk.meta_backward(
             problem.base_loss, problem.meta_loss, base_params=net, meta_params=problem.weigher,
-            optimizer=base_optimizer, alpha=0.1, sync="full", update_base=update_base,
+            optimizer=base_optimizer, alpha=0.1, sync="full", **options,
         )  # fmt: skip
         assert all(a is p.grad for a, p in zip(before, net.parameters(), strict=True))
         meta_optimizer.step()
@@ -110,7 +120,7 @@ def results(world: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_training_is_that_of_one_process(world: int, name: str) -> None:
     expected = training(0, 1, **WRAPPED[name])
     untrained = flat(bits_of(list(Divided().weigher.parameters())))
@@ -120,6 +130,26 @@ def test_a_training_is_that_of_one_process(world: int, name: str) -> None:
         assert relative_error(rank[name]["lam"], expected["lam"]) < 1e-9
         for key in ("theta", "lam"):
             assert torch.equal(rank[name][key], results(world)[0][name][key])
+
+
+def _final(rank: int, world: int, wrap: bool, alone: bool = False) -> Tensor:
+    """The meta gradient of the paper's mode after steps on all rows; `alone`: of this rank only."""
+    problem = Divided(rank, world, unequal=True)
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer)
+    if wrap:
+        problem.net, problem.weigher = DDP(problem.net), DDP(problem.weigher)
+    if alone:
+        return flat(problem.meta_grad(optimizer, sync="none").grads) * problem.weight[0] / BASE_ROWS
+    buckets = {"bucket_mib": 100 / 2**20, "comm_hook": default_hooks.allreduce_hook}
+    return flat(problem.meta_grad(optimizer, sync="final", weight=problem.weight, **buckets).grads)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_final_is_the_average_of_what_each_rank_has_alone(world: int) -> None:
+    expected = sum(_final(rank, world, wrap=False, alone=True) for rank in range(world))
+    found = run_ranks(world, _final, True)
+    assert all(relative_error(grads, expected) < 1e-11 and torch.equal(grads, found[0]) for grads in found)
 
 
 class Gated(nn.Module):

@@ -230,6 +230,29 @@ def test_the_default_seed_belongs_to_the_step() -> None:
     assert later.realised is not None and once.realised is not None and later.realised != once.realised
 
 
+def test_a_cosine_is_at_most_1() -> None:
+    """Steps so long that rounding takes nothing of them, while v's norm is that before its own rounding."""
+    found = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        net, x = torch.nn.Linear(64, 8).to(BF16), torch.randn(16, 64).to(BF16)
+        weights = torch.zeros(16, requires_grad=True)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+
+        def base_loss() -> Tensor:
+            return (weights.sigmoid() * net(x).float().square().mean(1)).mean()  # noqa: B023
+
+        base_loss().backward()
+        optimizer.step()
+        out = sk.meta_grad(
+            base_loss, lambda: (net(x).float() - 1).square().mean(), base_params=net, meta_params=[weights],  # noqa: B023
+            optimizer=optimizer, alpha=10.0,
+        )  # fmt: skip
+        assert out.alignment is not None
+        found.append(float(out.alignment))
+    assert min(found) > 0.999 and max(found) <= 1.0
+
+
 def test_wide_parameters_are_not_measured() -> None:
     model = torch.nn.Linear(3, 1)
     lam = torch.ones(3, requires_grad=True)

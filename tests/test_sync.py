@@ -78,7 +78,7 @@ def results(world: int) -> list[dict[tuple[str, str], dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_full_is_one_process_on_the_whole_batch(world: int, name: str) -> None:
     expected = one_case(0, 1, "none", **CASES[name])
     for got in (rank[name, "full"] for rank in results(world)):
@@ -91,17 +91,30 @@ def test_full_is_one_process_on_the_whole_batch(world: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "update" not in name])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_final_is_the_average_of_what_each_rank_has_alone(world: int, name: str) -> None:
-    unequal = CASES[name].get("unequal", False)
-    alone = [one_case(rank, world, "none", **_single(CASES[name])) for rank in range(world)]
-    shares = torch.tensor([a["weight"][0] if unequal else 1.0 for a in alone], dtype=torch.float64)
-    expected = sum(s * a["grads"] for s, a in zip(shares / shares.sum(), alone, strict=True))
+    options = CASES[name]
+    alone = [one_case(rank, world, "none", **_single(options)) for rank in range(world)]
+    # What the meta loss says of lambda counts as the meta batch does, the rest as the base batch.
+    counts = [a["weight"] if options.get("unequal") else (1.0, 1.0) for a in alone]
+    base, meta = (torch.tensor(x, dtype=torch.float64) / sum(x) for x in zip(*counts, strict=True))
+    explicit = [_explicit(rank, world, **options) for rank in range(world)]
+    parts = zip(base, meta, alone, explicit, strict=True)
+    expected = sum(b * (a["grads"] - e) + m * e for b, m, a, e in parts)
     for rank, result in enumerate(results(world)):
         got = result[name, "final"]
         assert relative_error(got["grads"], expected) < 1e-11
         assert torch.equal(got["norm"], alone[rank]["norm"])  # its own v
         assert torch.equal(got["grads"], results(world)[0][name, "final"]["grads"])
+
+
+def _explicit(rank: int, world: int, explicit: bool = False, unequal: bool = False, **_: Any) -> Tensor:
+    """dL_meta/dlambda."""
+    problem = Divided(rank, world, unequal=unequal)
+    problem.explicit = explicit
+    params = list(problem.weigher.parameters())
+    grads = torch.autograd.grad(problem.meta_loss(), params, allow_unused=True)
+    return flat([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)])
 
 
 def _single(options: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +128,27 @@ def test_final_with_an_update_keeps_the_ranks_in_step(name: str) -> None:
         assert (
             all(got["moved"]) and torch.equal(got["theta"], full["theta"]) and torch.equal(got["grads"], full["grads"])
         )
+
+
+def _no_weight(rank: int, world: int, update_base: bool) -> dict[str, Any]:
+    problem = Divided(rank, world)
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer)
+    theta = bits_of(list(problem.net.parameters()))
+    found = {}
+    for sync in ("final", "full"):
+        for name, weight in (("base", (0.0, 1.0)), ("meta", (1.0, 0.0)), ("both", 0.0)):
+            out = problem.meta_grad(optimizer, sync=sync, weight=weight, update_base=update_base)
+            unmoved = all(map(torch.equal, theta, bits_of(list(problem.net.parameters()))))
+            found[f"{sync} {name}"] = (bool(out.degenerate), float(flat(out.grads).abs().max()), unmoved)
+    return found
+
+
+@pytest.mark.parametrize("update_base", [False, True])
+def test_no_rank_counts_for_anything(update_base: bool) -> None:
+    """A mean over nothing: no NaN that would go into lambda, or theta."""
+    for found in run_ranks(2, _no_weight, update_base):
+        assert set(found.values()) == {(True, 0.0, True)}, found
 
 
 def test_the_modes_differ() -> None:

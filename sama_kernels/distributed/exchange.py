@@ -172,7 +172,8 @@ class Exchange(Alone):
             RuntimeError: a closure raised on another rank (`Status.report`).
         """
         base, meta = self._loss_shares
-        finite = torch.stack([x.isfinite() for x in (*losses, norm)]).all()
+        shares = [x for x in self._loss_shares if isinstance(x, Tensor)]  # 0 / 0 where all weights are 0
+        finite = torch.stack([x.isfinite() for x in (*losses, norm, *shares)]).all()
         shared = [x.double() * share for x, share in zip(losses, (meta, base, base), strict=True)]
         return self._status.report(shared, degenerate, finite if bad is None else finite & ~bad)
 
