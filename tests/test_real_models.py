@@ -65,6 +65,20 @@ def test_meta_gradient_of_bert_is_the_exact_mixed_derivative(dropout: float) -> 
     assert relative_error(flat(out.grads), exact) < 1e-5
 
 
+def test_sparse_word_embeddings_are_refused() -> None:
+    """As transformers' models have them once somebody sets `sparse`; nothing is changed."""
+    problem = classifier(0.0)
+    words = problem.net.get_input_embeddings()
+    assert isinstance(words, nn.Embedding)
+    words.sparse = True
+    before = [p.clone() for p in problem.net.parameters()]
+    with pytest.raises(TypeError, match=r"base_params: tensor 0 gets a sparse gradient.*sparse=False"):
+        run(problem, None, adaptation="none")
+    assert all(map(torch.equal, before, problem.net.parameters()))
+    words.sparse = False
+    assert not run(problem, None, adaptation="none").degenerate
+
+
 def meta_gradients_over_masks(problem: Bilevel, optimizer: Any) -> Tensor:
     rows = []
     for seed in range(6):
