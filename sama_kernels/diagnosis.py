@@ -179,7 +179,7 @@ def _verdict(facts: Diagnosis, tolerance: float) -> dict[str, Any]:
             "cure": 'adaptation="paper", where they count for nothing',
         }
     if facts.difference == "exact" and facts.reference == "forward mode":
-        words = f"it takes no step; the central difference at this alpha is off by {_percent(facts.error)}"
+        words = f'"exact" takes no step; the central difference at this alpha is off by {_percent(facts.error)}'
         return {"verdict": "fine", "words": words, "cure": ""}
     at_best, error = best(facts.ladder), known_error(facts.error)
     genuine = facts.reference in ("forward mode", "double backward")

@@ -40,10 +40,11 @@ def test_updates_that_are_a_sign_have_no_derivative(module: str, name: str, monk
         assert meta_grad(problem, optimizer, adaptation="none").norm > 0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 1000])
 @pytest.mark.parametrize(("module", "name"), [("torch.optim", "Rprop"), ("lion_pytorch", "Lion")])
-def test_the_derivative_of_a_sign_is_zero_in_the_real_step_too(module: str, name: str) -> None:
+def test_the_derivative_of_a_sign_is_zero_in_the_real_step_too(module: str, name: str, steps: int) -> None:
     optimizer_type = getattr(pytest.importorskip(module), name)
-    params, _, before = stepped(optimizer_type, {"lr": 1e-3}, 5)
+    params, _, before = stepped(optimizer_type, {"lr": 1e-3}, steps)
     expected = differenced(
         optimizer_type, {"lr": 1e-3}, before, [p.grad for p in params], [torch.ones_like(p) for p in params], h=1e-6
     )
