@@ -32,15 +32,19 @@ struct AdamKernel {
     T values[kLists][kPack];
     SAMA_UNROLL
     for (int list = 0; list < kLists; ++list) widen(words[list], operands[list].dtype, values[list]);
+    // The element whose value of a list is value(list).
+    const auto element = [&](const auto& value, auto& arithmetic) {
+      const T maximum = amsgrad ? value(amsgrad ? kMaximum : 0) : T(0), param = decay ? value(decay ? kParams : 0) : T(0);
+      return adam_element<T, exact, amsgrad, decay>(
+          k, value(0), value(1), value(2), value(3), maximum, param, arithmetic);
+    };
     T adapted[kPack];
+    compute<T>(
+        left, [&](int i, auto& a) { return element([&](int list) { return values[list][i]; }, a); },
+        [&](int i, auto& a) { return element([&](int list) { return load_one<T>(operands[list], index + i); }, a); },
+        adapted);
     SAMA_UNROLL
-    for (int i = 0; i < kPack; ++i) {
-      const T maximum = amsgrad ? values[amsgrad ? kMaximum : 0][i] : T(0);
-      const T param = decay ? values[decay ? kParams : 0][i] : T(0);
-      adapted[i] = adam_element<T, exact, amsgrad, decay>(
-          k, values[0][i], values[1][i], values[2][i], values[3][i], maximum, param);
-      if (i < left) sum = add_square(sum, adapted[i]);
-    }
+    for (int i = 0; i < kPack; ++i) sum = add_square(sum, adapted[i]);
     narrow(adapted, operands[0].dtype, words[0]);
     store(operands[0], index, left, words[0]);
     return sum;

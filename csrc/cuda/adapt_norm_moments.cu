@@ -40,19 +40,24 @@ struct MomentsKernel {
     T values[kLists][kPack];
     SAMA_UNROLL
     for (int list = 0; list < kLists; ++list) widen(words[list], operands[list].dtype, values[list]);
-    T adapted[kPack];
-    SAMA_UNROLL
-    for (int i = 0; i < kPack; ++i) {
+    // The element whose value of a list is value(list).
+    const auto element = [&](const auto& value, auto& arithmetic) {
       MomentsElement<T> x{};
-      x.d = values[0][i];
-      if constexpr (!Variant::linear) x.g = values[Variant::kGrad][i];
-      if constexpr (!Variant::linear) x.w = values[Variant::kSecond][i];
-      if constexpr (Variant::firsts) x.m = values[Variant::kFirst][i];
-      if constexpr (Variant::decay != Decay::None) x.p = values[Variant::kParam][i];
-      if constexpr (Variant::decay == Decay::Buffer) x.buffer = values[Variant::kBuffer][i];
-      adapted[i] = moments_element<T, Variant>(k, x);
-      if (i < left) sum = add_square(sum, adapted[i]);
-    }
+      x.d = value(0);
+      if constexpr (!Variant::linear) x.g = value(Variant::kGrad);
+      if constexpr (!Variant::linear) x.w = value(Variant::kSecond);
+      if constexpr (Variant::firsts) x.m = value(Variant::kFirst);
+      if constexpr (Variant::decay != Decay::None) x.p = value(Variant::kParam);
+      if constexpr (Variant::decay == Decay::Buffer) x.buffer = value(Variant::kBuffer);
+      return moments_element<T, Variant>(k, x, arithmetic);
+    };
+    T adapted[kPack];
+    compute<T>(
+        left, [&](int i, auto& a) { return element([&](int list) { return values[list][i]; }, a); },
+        [&](int i, auto& a) { return element([&](int list) { return load_one<T>(operands[list], index + i); }, a); },
+        adapted);
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) sum = add_square(sum, adapted[i]);
     narrow(adapted, operands[0].dtype, words[0]);
     store(operands[0], index, left, words[0]);
     return sum;
@@ -62,10 +67,10 @@ struct MomentsKernel {
 // Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which for a kernel with weight decay
 // or of Form::Delta is three, and for Form::Centered four, by pressing it into 80 or 64 registers and spilling one or two.
 template <class Variant>
-constexpr bool kIsLarge =
-    Variant::decay != Decay::None || Variant::form == Form::Delta || Variant::form == Form::Centered;
+constexpr int kBlocksOfFloat =
+    Variant::decay != Decay::None || Variant::form == Form::Delta || Variant::form == Form::Centered ? 2 : 0;
 template <class T, class Variant>
-constexpr int kBlocks = sizeof(T) == 4 && kIsLarge<Variant> ? 2 : 0;
+constexpr int kBlocks = sizeof(T) == 4 ? kBlocksOfFloat<Variant> : 0;
 
 template <class T, class Variant>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, Variant>) moments_kernel(
