@@ -6,7 +6,7 @@
 #   DRY_RUN=1  go through the same steps on the CPU with small sizes, as far as they go
 #   ONLY="kernels tests"  these steps alone, by the names in OUT/steps.log (the kernels must have been built before)
 #
-# Builds in place, runs the tests marked `gpu`, compute-sanitizer over every kernel, a profile, the benchmarks and the report. A
+# Builds in place, runs the tests marked `gpu`, compute-sanitizer over every kernel, the benchmarks and the report. A
 # step that fails or takes too long does not stop the others. OUT/summary.json says how each went; exit status 0 means
 # that all of them succeeded.
 set -u
@@ -17,7 +17,7 @@ OUT=${OUT:-gpu_results}
 DRY_RUN=${DRY_RUN:-0}
 TOTAL=530 # seconds for all steps but the report; with it and what a kill takes 585
 BEGIN=$SECONDS
-PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer, ncu
+PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer
 
 if ! "$PYTHON" -c 'import torch'; then
     echo "gpu.sh: $PYTHON has no torch; set PYTHON to an interpreter that has it" >&2
@@ -37,7 +37,7 @@ fi
 
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
-rm -f "$OUT"/{summary.json,steps.log} "$OUT"/{kernels,profile,meta_step,scaling,algorithms}_*
+rm -f "$OUT"/{summary.json,steps.log} "$OUT"/{kernels,meta_step,scaling,algorithms}_*
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 touch "$scratch/steps"
@@ -102,6 +102,8 @@ if [ "$device" = cuda ]; then
     # The slowest took 236 s in three processes, on 16 processors with an H100.
     step tests 260 "$PYTHON" -m pytest -v --tb=short -m gpu "${workers[@]}" --ignore tests/test_triton_kernels.py \
         -k "not $LARGE" --junitxml "$scratch/tests.xml" -p no:cacheprovider &
+    step tests_large 240 "$PYTHON" -m pytest -q -m gpu tests/test_cuda_{launches,moments,low_bit}.py -k "$LARGE" \
+        -p no:cacheprovider & # one after the other
     for part in values:1/3 values:2/3 values:3/3 moments:1/3 moments:2/3 moments:3/3 low_bit:1/2 low_bit:2/2 contract:1/1; do
         step "triton_$part" 240 env SAMA_TEST_SHARD="${part#*:}" "$PYTHON" -m pytest -q "tests/triton_${part%:*}.py" \
             -p no:cacheprovider &
@@ -118,16 +120,10 @@ if [ "$device" = cuda ]; then
     # torch's own detector of races between streams.
     step streams 240 env TORCH_CUDA_SANITIZER=1 "$PYTHON" -m pytest -q -m gpu tests/test_overlap.py -p no:cacheprovider &
     wait
-    step tests_large 60 "$PYTHON" -m pytest -q -m gpu tests/test_cuda_{launches,moments,low_bit}.py -k "$LARGE" -p no:cacheprovider
-    if command -v ncu >/dev/null; then
-        step profile 60 "$PYTHON" -m bench.profile --out "$OUT"
-    else
-        skip profile "ncu is not in PATH"
-    fi
-    step kernels 165 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.7 --stop-after 140 \
+    step kernels 165 "$PYTHON" -m bench.kernels --out "$OUT" --seconds 0.5 --stop-after 140 \
         --compile-at-most 1 --lists bert-base flat llama-1b
     # Tiny tensors: where the host's time counts. Most of the step is the reference, a tensor at a time.
-    step kernels_tiny 40 "$PYTHON" -m bench.kernels --out "$OUT" --more --seconds 0.7 --stop-after 25 --compile none \
+    step kernels_tiny 40 "$PYTHON" -m bench.kernels --out "$OUT" --more --seconds 0.7 --stop-after 18 --compile none \
         --lists tiny --dtypes fp32 --ops adapt_norm_adam perturb_plus restore element_wise_part
     step meta_step_base 50 "$PYTHON" -m bench.meta_step --model base --batch 32 --tokens 128 --rounds 10 --out "$OUT"
     step meta_step_small 40 "$PYTHON" -m bench.meta_step --model small --batch 16 --tokens 64 --out "$OUT"
@@ -148,5 +144,4 @@ else
 fi
 TOTAL=$((TOTAL + 25))
 step report 25 "$PYTHON" -m bench.report --results "$OUT"
-[ "$device" = cuda ] && rm -f "$OUT"/*.png # OUT takes 8 files; `bench.report` draws it again
 "$PYTHON" -m bench.gpu_summary "$scratch" "$OUT" --device "$device"
