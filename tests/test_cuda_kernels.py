@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +99,25 @@ def test_adam_at_every_exponent(place: Place, eps: float) -> None:
     (compiled,), _ = case.run("cpu")
     (kernel,), _ = place.adam(case)
     assert same_bits(kernel, compiled) and kernel.isfinite().float().mean() > 0.9
+
+
+@pytest.mark.gpu
+def test_roots_and_reciprocals_of_all_numbers(tmp_path: Path) -> None:
+    """Against those of the GPU that IEEE 754 rounds correctly; here emulation's estimates are no evidence."""
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
+    if nvcc is None:
+        pytest.skip("nvcc is not in PATH")
+    root, program = Path(__file__).parents[1], tmp_path / "every_float"
+    options = ["-O3", "-std=c++17", "--fmad=false", "-arch=native", f"-I{root}"]
+    subprocess.run([nvcc, *options, "-o", program, root / "tests" / "every_float.cu"], check=True)
+    done = subprocess.run([program], check=True, capture_output=True, text=True)
+    counts = {name: (int(wrong), int(taken)) for name, wrong, _, taken in map(str.split, done.stdout.splitlines())}
+    assert [wrong for wrong, _ in counts.values()] == [0] * 4, done.stdout
+    per_exponent = 2**23
+    positive, negative = (127 + 62) * per_exponent + 1, 255 * per_exponent + 1  # 0 to 2^62, -0 to -Inf
+    assert counts["UsualRange::root"][1] == positive + negative
+    assert counts["UsualRange::inverse_or_zero"][1] == 2 * (252 * per_exponent + 1)  # from 2^-126 to 2^126
+    assert counts["square_root"][1] == counts["reciprocal"][1] == 2**32
 
 
 @pytest.mark.parametrize("where", ["host", "device"])

@@ -46,21 +46,18 @@ SAMA_BOTH AdamScalars<T> adam_scalars(
 }
 
 // D d of Adam. `exact`, `amsgrad` and `decay` are template arguments because each is a different loop body: a run-time
-// branch would keep a compiler from vectorising. `w_max` and `p` count only with `amsgrad` and `decay`.
-template <class T, bool exact, bool amsgrad, bool decay>
-SAMA_INLINE T adam_element(const AdamScalars<T>& k, T d, T g, T m, T w, T w_max, T p) {
+// branch would keep a compiler from vectorising. `w_max` and `p` count only with `amsgrad` and `decay`. `arithmetic`:
+// WholeRange or UsualRange.
+template <class T, bool exact, bool amsgrad, bool decay, class Arithmetic>
+SAMA_INLINE T adam_element(const AdamScalars<T>& k, T d, T g, T m, T w, T w_max, T p, Arithmetic& arithmetic) {
   const T zero = 0, one = 1;
   const T second = amsgrad ? w_max : w;
-  const T s = square_root(second) * k.inv_sqrt_c2;
+  const T s = arithmetic.root(second) * k.inv_sqrt_c2;
   const T q = s + k.eps;
   // One division serves 1/q and 1/(s q): the divider, not memory, bounds this loop for 16-bit storage.
   const bool empty = second == zero;
   const T divisor = empty ? one : s;
-  T inv_sq;
-  if (amsgrad && decay) // the one variant whose registers do not suffice for more
-    inv_sq = q == zero ? zero : one / (divisor * q);
-  else
-    inv_sq = inverse_or_zero(divisor * q, q == zero);
+  const T inv_sq = arithmetic.inverse_or_zero(divisor * q, q == zero);
   const T inv_q = inv_sq * divisor;
   T gradient = k.sign * g;
   if (decay) gradient = gradient + k.weight_decay * (p + k.rate * (m * inv_q));

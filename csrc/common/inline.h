@@ -10,6 +10,13 @@
 #define SAMA_INLINE inline __attribute__((always_inline))
 #endif
 
+// Before a loop that would be unrolled, to no one's good.
+#ifdef __CUDA_ARCH__
+#define SAMA_NO_UNROLL _Pragma("unroll 1")
+#else
+#define SAMA_NO_UNROLL
+#endif
+
 // Before a short loop. Inside an element-wise one GCC must have unrolled it to vectorise that one.
 #if defined(__CUDA_ARCH__) || defined(__clang__)
 #define SAMA_UNROLL _Pragma("unroll")

@@ -28,9 +28,10 @@ SAMA_INLINE KnownMoments<T> known_moments(const AdamScalars<T>& k, T g, T m, T w
 }
 
 // D d of Adam at these.
-template <class T, bool exact>
-SAMA_INLINE T low_bit_adam_element(const AdamScalars<T>& k, T d, T g, const KnownMoments<T>& known) {
-  return adam_element<T, exact, false, false>(k, d, g, known.m, known.w, known.w, T(0));
+template <class T, bool exact, class Arithmetic>
+SAMA_INLINE T low_bit_adam_element(
+    const AdamScalars<T>& k, T d, T g, const KnownMoments<T>& known, Arithmetic& arithmetic) {
+  return adam_element<T, exact, false, false>(k, d, g, known.m, known.w, known.w, T(0), arithmetic);
 }
 
 } // namespace sama

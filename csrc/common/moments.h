@@ -120,8 +120,8 @@ SAMA_INLINE T effective_gradient(const MomentsScalars<T>& k, const MomentsElemen
   return g;
 }
 
-template <class T, class Variant>
-SAMA_INLINE T ratio_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
+template <class T, class Variant, class Arithmetic>
+SAMA_INLINE T ratio_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x, Arithmetic& arithmetic) {
   constexpr bool centered = Variant::form == Form::Centered;
   const T zero = 0, one = 1;
   T second = x.w;
@@ -130,15 +130,15 @@ SAMA_INLINE T ratio_derivative(const MomentsScalars<T>& k, const MomentsElement<
     // 0 where it is negative by rounding; NaN stays. Not by a comparison, from which GCC would make a branch.
     second = T(0.5) * (second + std::abs(second));
   }
-  const T s = square_root(second);
+  const T s = arithmetic.root(second);
   const T q = k.kappa * s + k.eps;
   // One division serves 1/q and 1/(s q): the divider, not memory, bounds this loop for 16-bit storage.
   const bool empty = second == zero;
   const T divisor = empty ? one : s;
-  const T inv_sq = inverse_or_zero(divisor * q, q == zero);
+  const T inv_sq = arithmetic.inverse_or_zero(divisor * q, q == zero);
   const T inv_q = inv_sq * divisor;
   T bound = zero;
-  if constexpr (Variant::decay == Decay::Implicit) bound = (centered ? square_root(x.w) : s) * k.inv_sqrt_omega;
+  if constexpr (Variant::decay == Decay::Implicit) bound = (centered ? arithmetic.root(x.w) : s) * k.inv_sqrt_omega;
   const T g = effective_gradient<T, Variant>(k, x, q, bound);
   T numerator = k.a * g;
   if constexpr (Variant::firsts && !centered) numerator = numerator + k.b * x.m;
@@ -149,11 +149,11 @@ SAMA_INLINE T ratio_derivative(const MomentsScalars<T>& k, const MomentsElement<
   return (k.kappa * (r * inv_sq)) * inv_q + (k.slope_tail * inv_q) * inv_q;
 }
 
-template <class T, class Variant>
-SAMA_INLINE T maximum_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
+template <class T, class Variant, class Arithmetic>
+SAMA_INLINE T maximum_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x, Arithmetic& arithmetic) {
   const T zero = 0;
   const T n = x.w;
-  const T inv_n = inverse_or_zero(n, n == zero);
+  const T inv_n = arithmetic.inverse_or_zero(n, n == zero);
   const T g = effective_gradient<T, Variant>(k, x, n, n);
   const T size = std::abs(g);
   const T scale = Variant::decay == Decay::None ? n : n + k.weight_decay * std::abs(x.p);
@@ -166,15 +166,15 @@ SAMA_INLINE T maximum_derivative(const MomentsScalars<T>& k, const MomentsElemen
 }
 
 // y = known + pull y / sqrt(kappa + y^2), |y| <= bound, by Halley's method.
-template <class T>
-SAMA_INLINE T halley(const MomentsScalars<T>& k, T known, T pull, T bound) {
+template <class T, class Arithmetic>
+SAMA_INLINE T halley(const MomentsScalars<T>& k, T known, T pull, T bound, Arithmetic& arithmetic) {
   const T zero = 0;
   const T lift = pull * k.kappa;
   T y = held(known, bound);
   SAMA_UNROLL
   for (int i = 0; i < kHalleySteps; ++i) {
     const T square = k.kappa + y * y;
-    const T s = square_root(square);
+    const T s = arithmetic.root(square);
     const T value = s * (y - known) - pull * y;
     const T slope = s * square - lift;
     const T rest = slope * slope - T(1.5) * (lift * (y * value));
@@ -184,11 +184,11 @@ SAMA_INLINE T halley(const MomentsScalars<T>& k, T known, T pull, T bound) {
   return y;
 }
 
-template <class T, class Variant>
-SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
+template <class T, class Variant, class Arithmetic>
+SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<T>& x, Arithmetic& arithmetic) {
   const T zero = 0, one = 1;
   const T spread = x.w + k.eps;
-  const T inv = inverse_or_zero(spread, spread == zero);
+  const T inv = arithmetic.inverse_or_zero(spread, spread == zero);
   T known = k.sign * x.g; // and weight_decay theta after the step: 0 where u is
   if constexpr (Variant::decay == Decay::Implicit) known = known + k.weight_decay * x.p;
   // The cells that "paper" leaves out are made 0 here and not at the end, until where it takes registers on a GPU.
@@ -196,7 +196,8 @@ SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<
   const T size = ((x.m + k.kappa * k.eps) * inv) * kept;
   T square, share; // omega g^2, and over w + eps
   if constexpr (Variant::decay == Decay::Implicit) {
-    const T y = halley(k, known * square_root(k.omega * inv), k.decay_g * square_root(size), square_root(x.w * inv));
+    const T start = known * arithmetic.root(k.omega * inv), pull = k.decay_g * arithmetic.root(size);
+    const T y = halley(k, start, pull, arithmetic.root(x.w * inv), arithmetic);
     share = y * y;
     square = share * spread;
   } else {
@@ -204,23 +205,23 @@ SAMA_INLINE T delta_derivative(const MomentsScalars<T>& k, const MomentsElement<
     share = square * inv;
   }
   const T rest = k.kappa + share;
-  const T rms = square_root(size * inverse_or_zero(rest, rest == zero)); // delta / g
+  const T rms = arithmetic.root(size * arithmetic.inverse_or_zero(rest, rest == zero)); // delta / g
   T r = x.w - square;
   r = std::abs(r) <= k.noise * x.w ? zero : r;
   return rms * ((r + k.eps) * inv);
 }
 
-// D d.
-template <class T, class Variant>
-SAMA_INLINE T moments_element(const MomentsScalars<T>& k, const MomentsElement<T>& x) {
+// D d. `arithmetic`: WholeRange or UsualRange.
+template <class T, class Variant, class Arithmetic>
+SAMA_INLINE T moments_element(const MomentsScalars<T>& k, const MomentsElement<T>& x, Arithmetic& arithmetic) {
   if constexpr (Variant::linear)
     return (k.rate * k.slope) * x.d * k.sign;
   else if constexpr (Variant::form == Form::Maximum)
-    return (k.rate * maximum_derivative<T, Variant>(k, x)) * x.d * k.sign;
+    return (k.rate * maximum_derivative<T, Variant>(k, x, arithmetic)) * x.d * k.sign;
   else if constexpr (Variant::form == Form::Delta)
-    return (k.rate * delta_derivative<T, Variant>(k, x)) * x.d * k.sign;
+    return (k.rate * delta_derivative<T, Variant>(k, x, arithmetic)) * x.d * k.sign;
   else
-    return (k.rate * ratio_derivative<T, Variant>(k, x)) * x.d * k.sign;
+    return (k.rate * ratio_derivative<T, Variant>(k, x, arithmetic)) * x.d * k.sign;
 }
 
 } // namespace sama

@@ -15,10 +15,11 @@ SAMA_CLONES void adam_loop(
     const AdamScalars<T>& k, int64_t n, const T* d, const T* g, const T* m, const T* w, const T* w_max, const T* p,
     T* out) {
   const AdamScalars<T> c = k; // in registers: `out` could alias `k` for all the compiler knows
+  WholeRange<T> whole;
   SAMA_IVDEP
   for (int64_t i = 0; i < n; ++i)
     out[i] = adam_element<T, exact, amsgrad, decay>(
-        c, d[i], g[i], m[i], w[i], amsgrad ? w_max[i] : T(0), decay ? p[i] : T(0));
+        c, d[i], g[i], m[i], w[i], amsgrad ? w_max[i] : T(0), decay ? p[i] : T(0), whole);
 }
 
 template <class T>

@@ -66,9 +66,10 @@ template <class T, bool exact, bool first>
 SAMA_CLONES void low_bit_adam_loop(
     const AdamScalars<T>& k, int64_t n, const T* d, const T* g, const T* m, const T* w, T* out) {
   const AdamScalars<T> c = k; // in registers: `out` could alias `k` for all the compiler knows
+  WholeRange<T> whole;
   SAMA_IVDEP
   for (int64_t i = 0; i < n; ++i)
-    out[i] = low_bit_adam_element<T, exact>(c, d[i], g[i], known_moments<T, first>(c, g[i], m[i], w[i]));
+    out[i] = low_bit_adam_element<T, exact>(c, d[i], g[i], known_moments<T, first>(c, g[i], m[i], w[i]), whole);
 }
 
 template <class T>

@@ -21,9 +21,10 @@ SAMA_CLONES void moments_loop(const MomentsScalars<T>& k, int64_t n, const T* co
   const T* const w = Variant::linear ? d : x[Variant::kSecond];
   const T* const p = Variant::decay != Decay::None ? x[Variant::kParam] : d;
   const T* const buffer = Variant::decay == Decay::Buffer ? x[Variant::kBuffer] : d;
+  WholeRange<T> whole;
   SAMA_IVDEP
   for (int64_t i = 0; i < n; ++i)
-    out[i] = moments_element<T, Variant>(c, MomentsElement<T>{d[i], g[i], m[i], w[i], p[i], buffer[i]});
+    out[i] = moments_element<T, Variant>(c, MomentsElement<T>{d[i], g[i], m[i], w[i], p[i], buffer[i]}, whole);
 }
 
 template <class T, class Variant>

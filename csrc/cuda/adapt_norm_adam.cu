@@ -32,15 +32,19 @@ struct AdamKernel {
     T values[kLists][kPack];
     SAMA_UNROLL
     for (int list = 0; list < kLists; ++list) widen(words[list], operands[list].dtype, values[list]);
+    // The element whose value of a list is value(list).
+    const auto element = [&](const auto& value, auto& arithmetic) {
+      const T maximum = amsgrad ? value(amsgrad ? kMaximum : 0) : T(0), param = decay ? value(decay ? kParams : 0) : T(0);
+      return adam_element<T, exact, amsgrad, decay>(
+          k, value(0), value(1), value(2), value(3), maximum, param, arithmetic);
+    };
     T adapted[kPack];
+    compute<T>(
+        left, [&](int i, auto& a) { return element([&](int list) { return values[list][i]; }, a); },
+        [&](int i, auto& a) { return element([&](int list) { return load_one<T>(operands[list], index + i); }, a); },
+        adapted);
     SAMA_UNROLL
-    for (int i = 0; i < kPack; ++i) {
-      const T maximum = amsgrad ? values[amsgrad ? kMaximum : 0][i] : T(0);
-      const T param = decay ? values[decay ? kParams : 0][i] : T(0);
-      adapted[i] = adam_element<T, exact, amsgrad, decay>(
-          k, values[0][i], values[1][i], values[2][i], values[3][i], maximum, param);
-      if (i < left) sum = add_square(sum, adapted[i]);
-    }
+    for (int i = 0; i < kPack; ++i) sum = add_square(sum, adapted[i]);
     narrow(adapted, operands[0].dtype, words[0]);
     store(operands[0], index, left, words[0]);
     return sum;
@@ -49,7 +53,7 @@ struct AdamKernel {
 
 // The scalars of the block's tensor. One thread computes them: double precision is slow on many GPUs.
 template <class T, int lists>
-__device__ inline AdamScalars<T> block_scalars(const Table<lists>& table, const AdamArguments& a, const Span& span) {
+__device__ inline const AdamScalars<T>& block_scalars(const Table<lists>& table, const AdamArguments& a, const Span& span) {
   __shared__ AdamScalars<T> shared;
   if (threadIdx.x == 0) {
     const BiasCorrection at = a.corrections.of(tag(table, span.tensor), table.first + span.tensor);
@@ -62,16 +66,12 @@ __device__ inline AdamScalars<T> block_scalars(const Table<lists>& table, const 
 }
 
 // Blocks on a multiprocessor at once; 0: as the compiler likes. Plain Adam in float32 fits into the 80 registers of
-// three blocks (it takes 96, of two, if let), with all loads under way before the first is waited for. On sm_100 it
-// would spill 16 bytes, and so would the variants with more operands everywhere, into which the compiler presses them there.
+// three blocks (it takes 98, of two, on sm_80 if let), with all loads under way before the first is waited for. The
+// variants with more operands would spill, into which the compiler presses them on sm_100.
+template <bool amsgrad, bool decay>
+constexpr int kBlocksOfFloat = amsgrad || decay ? 2 : 3;
 template <class T, bool amsgrad, bool decay>
-constexpr int kBlocksOfFloat = 2;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
-template <class T>
-constexpr int kBlocksOfFloat<T, false, false> = 3;
-#endif
-template <class T, bool amsgrad, bool decay>
-constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) ? kBlocksOfFloat<T, amsgrad, decay> : 0;
+constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) ? kBlocksOfFloat<amsgrad, decay> : 0;
 
 template <class T, bool exact, bool amsgrad, bool decay>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, amsgrad, decay>) adam_kernel(
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, amsgrad, decay>) ad
     double* slots) {
   using Kernel = AdamKernel<T, exact, amsgrad, decay>;
   const Span span = span_of(table, int(blockIdx.x));
-  const AdamScalars<T> k = block_scalars<T>(table, arguments, span);
+  const AdamScalars<T>& k = block_scalars<T>(table, arguments, span);
   Operand operands[Kernel::kLists];
   SAMA_UNROLL
   for (int list = 0; list < Kernel::kLists; ++list) operands[list] = operand(table, list, span.tensor);

@@ -97,9 +97,11 @@ __device__ inline void dequantise(
 }
 
 // Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which would be four in float32 on sm_80
-// and two in float64 on sm_100, by pressing a kernel into 64 or 128 registers and spilling one of them.
+// and three on sm_100, and two in float64 there, by pressing a kernel into 64, 80 or 128 registers and spilling one of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kLowBitBlocksOfFloat = 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLowBitBlocksOfFloat = 2;
 #else
 constexpr int kLowBitBlocksOfFloat = 0;
 #endif
@@ -136,13 +138,23 @@ __global__ void __launch_bounds__(kThreads, kLowBitBlocks<T>) low_bit_adam_kerne
         of_m, shared.lookup[0], m_scales + pack.block, m_scale, pack.before, block_size, left, m);
     dequantise<T, packed>(
         of_w, shared.lookup[1], w_scales + pack.block, w_scale, pack.before, block_size, left, w);
+    const auto element = [&](T of_v, T of_grad, T first_moment, T second_moment, auto& arithmetic) {
+      const KnownMoments<T> known = first ? known_moments<T, true>(k, of_grad, first_moment, second_moment)
+                                          : known_moments<T, false>(k, of_grad, first_moment, second_moment);
+      return low_bit_adam_element<T, exact>(k, of_v, of_grad, known, arithmetic);
+    };
+    compute<T>(
+        left, [&](int i, auto& a) { return element(d[i], g[i], m[i], w[i], a); },
+        [&](int i, auto& a) {
+          const int64_t at = place(pack.block, pack.before + uint32_t(i), arguments).block;
+          return element(
+              load_one<T>(v, index + i), load_one<T>(grad, index + i),
+              T(shared.lookup[0][code<packed>(of_m, i)] * m_scales[at]),
+              T(shared.lookup[1][code<packed>(of_w, i)] * w_scales[at]), a);
+        },
+        adapted);
     SAMA_UNROLL
-    for (int i = 0; i < kPack; ++i) {
-      const KnownMoments<T> known =
-          first ? known_moments<T, true>(k, g[i], m[i], w[i]) : known_moments<T, false>(k, g[i], m[i], w[i]);
-      adapted[i] = low_bit_adam_element<T, exact>(k, d[i], g[i], known);
-      if (i < left) sum = add_square(sum, adapted[i]);
-    }
+    for (int i = 0; i < kPack; ++i) sum = add_square(sum, adapted[i]);
     narrow(adapted, v.dtype, words);
     store(v, index, left, words);
   });

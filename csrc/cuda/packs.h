@@ -4,6 +4,7 @@
 // whole block, so the branches below never diverge; they replace a kernel for every combination of dtypes.
 #pragma once
 
+#include "../common/arithmetic.h"
 #include "../common/philox.h"
 #include "table.h"
 
@@ -144,13 +145,15 @@ __device__ inline void store(const Operand& to, int64_t index, int left, const W
   });
 }
 
+template <class S, class T>
+__device__ inline void widen_from(const Words<T>& words, T (&values)[kPack]) {
+  SAMA_UNROLL
+  for (int i = 0; i < kPack; ++i) values[i] = T(S::widen(get<S>(words, i)));
+}
+
 template <class T>
 __device__ inline void widen(const Words<T>& words, Dtype dtype, T (&values)[kPack]) {
-  with_storage<T>(dtype, [&](auto s) {
-    using S = decltype(s);
-    SAMA_UNROLL
-    for (int i = 0; i < kPack; ++i) values[i] = T(S::widen(get<S>(words, i)));
-  });
+  with_storage<T>(dtype, [&](auto s) { widen_from<decltype(s)>(words, values); });
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -172,18 +175,54 @@ __device__ inline uint32_t narrow_two(float low, float high) {
 #endif
 
 // Only to dtypes whose arithmetic is in T.
+template <class S, class T>
+__device__ inline void narrow_to(const T (&values)[kPack], Words<T>& words) {
+  if constexpr (sizeof(typename S::Word) == 2 && sizeof(T) == 4) {
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; i += 2) words.word[i / 2] = narrow_two<S>(values[i], values[i + 1]);
+  } else if constexpr (sizeof(typename S::Compute) == sizeof(T)) {
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) set<S>(words, i, S::narrow(values[i]));
+  }
+}
+
 template <class T>
 __device__ inline void narrow(const T (&values)[kPack], Dtype dtype, Words<T>& words) {
-  with_storage<T>(dtype, [&](auto s) {
-    using S = decltype(s);
-    if constexpr (sizeof(typename S::Word) == 2 && sizeof(T) == 4) {
-      SAMA_UNROLL
-      for (int i = 0; i < kPack; i += 2) words.word[i / 2] = narrow_two<S>(values[i], values[i + 1]);
-    } else if constexpr (sizeof(typename S::Compute) == sizeof(T)) {
-      SAMA_UNROLL
-      for (int i = 0; i < kPack; ++i) set<S>(words, i, S::narrow(values[i]));
+  with_storage<T>(dtype, [&](auto s) { narrow_to<decltype(s)>(values, words); });
+}
+
+// The first of them alone.
+template <class T>
+__device__ inline T load_one(const Operand& from, int64_t index) {
+  Words<T> words;
+  T values[kPack];
+  load(from, index, 1, words);
+  widen(words, from.dtype, values);
+  return values[0];
+}
+
+// Sets results[i] to element(i, arithmetic) for a whole pack in the quick arithmetic; where some argument was outside its
+// range, to element_alone(i, arithmetic), one after the other in the arithmetic for the whole range. That is rare and must
+// not take registers, so it reads memory again; the threads then store together. What lies behind `left` is zero.
+template <class T, class Element, class ElementAlone>
+__device__ inline void compute(int left, const Element& element, const ElementAlone& element_alone, T (&results)[kPack]) {
+  UsualRange<T> usual;
+  SAMA_UNROLL
+  for (int i = 0; i < kPack; ++i) results[i] = element(i, usual);
+  if constexpr (kHasUsualRange<T>)
+    if (usual.outside) {
+      WholeRange<T> whole;
+      SAMA_NO_UNROLL
+      for (int at = 0; at < kPack && at < left; ++at) {
+        const T result = element_alone(at, whole);
+        SAMA_UNROLL
+        for (int i = 0; i < kPack; ++i) results[i] = i == at ? result : results[i]; // no array that is indexed at run time
+      }
     }
-  });
+  if (left < kPack) {
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) results[i] = i < left ? results[i] : T(0);
+  }
 }
 
 // Calls f(index, left) for the packs of this thread; neighbouring threads take neighbouring packs.

@@ -20,24 +20,52 @@ struct PlusArguments {
   double* squares;
 };
 
-// Eight elements of theta and v: theta+ and the XOR bits.
-template <class S, class T>
-__device__ inline void plus_pack(T epsilon, bool stochastic, const RandomWords& random, Words<T>& p, Words<T>& v) {
+// Of the step s that was realised: <s, epsilon v> and ||s||^2.
+struct Realised {
+  double along = 0.0, squares = 0.0;
+};
+
+// Eight elements of theta and v: theta+ and the XOR bits. All of it for one dtype in one place: what is realised is added
+// up while theta and epsilon v still are in registers.
+template <bool measure, class S, class T>
+__device__ inline void plus_pack(
+    T epsilon, bool stochastic, const RandomWords& random, int left, Words<T>& p, Words<T>& v, Realised& realised) {
+  using Word = typename S::Word;
   const Words<T> old_p = p, old_v = v;
+  const auto centre = [&](int i) { return T(S::widen(get<S>(old_p, i))); };
+  const auto intended = [&](int i) { return epsilon * T(S::widen(get<S>(old_v, i))); };
+  T sum[kPack];
   SAMA_UNROLL
-  for (int i = 0; i < kPack; ++i) {
-    const auto old = get<S>(old_p, i);
-    const T sum = T(S::widen(old)) + epsilon * T(S::widen(get<S>(old_v, i)));
-    auto moved = S::narrow(sum);
-    if constexpr (sizeof(old) == 2)
-      if (stochastic) moved = S::narrow_stochastically(sum, random.word[i / 2] >> (16 * (i % 2)) & 0xffffu);
-    set<S>(p, i, moved);
-    set<S>(v, i, typename S::Word(old ^ moved));
+  for (int i = 0; i < kPack; ++i) sum[i] = centre(i) + intended(i);
+  if (sizeof(Word) == 2 && stochastic) {
+    if constexpr (sizeof(Word) == 2) {
+      SAMA_UNROLL
+      for (int i = 0; i < kPack; ++i)
+        set<S>(p, i, S::narrow_stochastically(sum[i], random.word[i / 2] >> (16 * (i % 2)) & 0xffffu));
+    }
+  } else {
+    narrow_to<S>(sum, p);
+  }
+  SAMA_UNROLL
+  for (int i = 0; i < kPack * int(sizeof(Word)) / 4; ++i) v.word[i] = old_p.word[i] ^ p.word[i];
+  if constexpr (measure) {
+    SAMA_UNROLL
+    for (int i = 0; i < kPack; ++i) {
+      // In float64: the difference of two numbers far apart is not exact in their own precision.
+      const double step = double(S::widen(get<S>(p, i))) - double(centre(i));
+      if (i >= left) continue;
+      realised.along = fma(step, double(intended(i)), realised.along);
+      realised.squares = add_square(realised.squares, step);
+    }
   }
 }
 
+// Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which in float32 is one fewer.
 template <class T, bool measure>
-__global__ void __launch_bounds__(kThreads) plus_kernel(
+constexpr int kPlusBlocks = sizeof(T) == 8 ? 0 : measure ? 3 : 4;
+
+template <class T, bool measure>
+__global__ void __launch_bounds__(kThreads, kPlusBlocks<T, measure>) plus_kernel(
     const Table<2> __grid_constant__ table, const PlusArguments __grid_constant__ arguments) {
   const double wide_epsilon = *arguments.epsilon;
   const T epsilon = T(wide_epsilon);
@@ -46,16 +74,11 @@ __global__ void __launch_bounds__(kThreads) plus_kernel(
   const bool still = wide_epsilon == 0.0;
   const Span span = span_of(table, int(blockIdx.x));
   const Operand params = operand(table, 0, span.tensor), steps = operand(table, 1, span.tensor);
-  double along = 0.0, squares = 0.0;
+  Realised realised;
   for_each_pack(span, [&](int64_t index, int left) {
     Words<T> p, v;
     load(params, index, left, p);
     load(steps, index, left, v);
-    T centre[kPack], intended[kPack];
-    if constexpr (measure) {
-      widen(p, params.dtype, centre);
-      widen(v, steps.dtype, intended);
-    }
     if (still) {
       SAMA_UNROLL
       for (uint32_t& word : v.word) word = 0;
@@ -67,25 +90,14 @@ __global__ void __launch_bounds__(kThreads) plus_kernel(
       random = random_words(arguments.seed, uint32_t(table.first + span.tensor), uint64_t(index) / kRandomBlock);
     with_storage<T>(params.dtype, [&](auto s) {
       using S = decltype(s);
-      if constexpr (std::is_same_v<typename S::Compute, T>) plus_pack<S>(epsilon, arguments.stochastic, random, p, v);
+      if constexpr (std::is_same_v<typename S::Compute, T>)
+        plus_pack<measure, S>(epsilon, arguments.stochastic, random, left, p, v, realised);
     });
     store(params, index, left, p);
     store(steps, index, left, v);
-    if constexpr (measure) {
-      T moved[kPack];
-      widen(p, params.dtype, moved);
-      SAMA_UNROLL
-      for (int i = 0; i < kPack; ++i) {
-        if (i >= left) continue;
-        const double step = double(moved[i]) - double(centre[i]);
-        along += step * double(epsilon * intended[i]);
-        squares = add_square(squares, step);
-      }
-    }
   });
   if constexpr (measure) {
-    along = block_sum(along);
-    squares = block_sum(squares);
+    const double along = block_sum(realised.along), squares = block_sum(realised.squares);
     if (threadIdx.x == 0) {
       arguments.along[blockIdx.x] = along;
       arguments.squares[blockIdx.x] = squares;
