@@ -156,7 +156,7 @@ def expected(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world", "name"), [(2, n) for n in SHARDED] + [(3, n) for n in SHARDED] + [(4, n) for n in MESHES]
+    ("world", "name"), [(world, n) for world in (2, 3, 4) for n in SHARDED] + [(4, n) for n in MESHES]
 )
 def test_a_training_is_that_of_one_process(world: int, name: str) -> None:
     alone = expected(name)

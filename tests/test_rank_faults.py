@@ -76,7 +76,7 @@ def _faulty_steps(rank: int, world: int, bad: int, sync: str) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize(("world", "bad", "sync"), [(2, 1, "final"), (3, 0, "full")])
+@pytest.mark.parametrize(("world", "bad", "sync"), [(2, 1, "final"), (3, 0, "full"), (4, 2, "full")])
 def test_a_closure_that_raises_on_one_rank(world: int, bad: int, sync: str) -> None:
     for rank, said in enumerate(run_ranks(world, _faulty_steps, bad, sync)):
         assert len(said) == 2 * len(FAULTS)
@@ -120,9 +120,9 @@ def _not_finite(rank: int, world: int, sync: str) -> None:
             assert same_bits(a, b)
 
 
-@pytest.mark.parametrize("sync", ["final", "full"])
-def test_a_loss_that_is_not_finite_on_one_rank(sync: str) -> None:
-    run_ranks(2, _not_finite, sync)
+@pytest.mark.parametrize(("world", "sync"), [(2, "final"), (3, "full"), (4, "final")])
+def test_a_loss_that_is_not_finite_on_one_rank(world: int, sync: str) -> None:
+    run_ranks(world, _not_finite, sync)
 
 
 class _Arrives:
@@ -171,7 +171,7 @@ def _words_later(rank: int, world: int, sync: str) -> list[list[str]]:
     return said
 
 
-@pytest.mark.parametrize(("world", "sync"), [(2, "full"), (3, "final")])
+@pytest.mark.parametrize(("world", "sync"), [(2, "full"), (3, "final"), (4, "full")])
 def test_the_word_comes_at_the_next_step_where_the_host_may_not_wait(world: int, sync: str) -> None:
     """On all ranks at the same one, also on the rank that failed: no rank makes a step alone."""
     later = "RuntimeError: base_loss, meta_loss: the meta step before this one failed on rank 1, whose own error says"
@@ -182,15 +182,15 @@ def test_the_word_comes_at_the_next_step_where_the_host_may_not_wait(world: int,
             assert [said[0], *said[3:]] == ["done"] * 3
 
 
-def _different(rank: int, world: int) -> list[str]:
+def _different(rank: int, world: int, agreed: bool) -> list[str]:
+    """What the ranks that call differently are told: at once, or when they have made a meta step alike."""
     problem, optimizer = _trained(rank, world)
     lam = list(problem.weigher.parameters())
+    last = rank == world - 1
     said = []
-    for mine, options in (
-        (lam[: 3 + rank], {}),
-        (lam, {"sync": ("final", "full")[rank]}),
-        (lam[::-1] if rank else lam, {}),
-    ):
+
+    def step(mine: list[Tensor], **options: Any) -> None:
+        before = bits_of(_everything(problem, optimizer))
         try:
             sk.meta_grad(
                 problem.base_loss, problem.meta_loss, base_params=problem.net, meta_params=mine, optimizer=optimizer,
@@ -198,15 +198,36 @@ def _different(rank: int, world: int) -> list[str]:
             )  # fmt: skip
         except ValueError as error:
             said.append(str(error))
+        for a, b in zip(before, _everything(problem, optimizer), strict=True):
+            assert same_bits(a, b)
+
+    for mine, options in (
+        (lam if last else lam[:3], {}),
+        (lam, {"sync": "full" if last else "final"}),
+        (lam[::-1] if last else lam, {}),
+        (lam, {"alpha": 0.5 if last else 1.0}),
+    ):
+        if agreed:
+            step(lam[:3])
+            step(lam)
+            step(lam[::-1])
+            step(lam, sync="full")
+            step(lam, alpha=0.5)
+        step(mine, **options)
+    step(lam)  # they can go on together
     return said
 
 
-def test_ranks_that_call_differently() -> None:
-    first, second = run_ranks(2, _different)
-    assert first == second and len(first) == 3
-    assert first[0].startswith("meta_params: the ranks disagree: rank 0 has 3 tensors, rank 1 has 4 tensors")
-    assert first[1].startswith("sync: the ranks disagree: rank 0 has 'final', rank 1 has 'full'")
+@pytest.mark.parametrize(("world", "agreed"), [(2, False), (2, True), (3, True), (4, True)])
+def test_ranks_that_call_differently(world: int, agreed: bool) -> None:
+    """Also where each has made such a call before, so that nothing that it says is new to it."""
+    first, *others = run_ranks(world, _different, agreed)
+    assert all(said == first for said in others) and len(first) == 4
+    last = world - 1
+    assert first[0].startswith(f"meta_params: the ranks disagree: rank 0 has 3 tensors, rank {last} has 4 tensors")
+    assert first[1].startswith(f"sync: the ranks disagree: rank 0 has 'final', rank {last} has 'full'")
     assert first[2].startswith("meta_params: the ranks disagree")
+    assert first[3].startswith(f"alpha: the ranks disagree: rank 0 has 1.0, rank {last} has 0.5")
 
 
 SCRIPT = """
@@ -259,6 +280,7 @@ def test_a_closure_that_raises_in_an_fsdp_model_ends_the_job(tmp_path: Path) -> 
     """The other rank waits in a collective of the model's own, until torchrun ends it."""
     done = torchrun(tmp_path, 'raise ValueError("on purpose")', sharded=True)
     # -6: gloo's threads sometimes abort an interpreter that is on its way out.
+    assert "sama_kernels: other ranks may wait for this one in collectives of the sharded model" in done.stderr
     assert "ValueError: on purpose" in done.stderr and re.search("exitcode  : (1|-6)\\b", done.stderr), done.stderr
 
 

