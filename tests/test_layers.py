@@ -57,7 +57,8 @@ LAYERS = [
     ["sama_kernels.distributed.exchange", "sama_kernels.distributed.arguments"],
     ["sama_kernels.distributed.alone"],
     ["sama_kernels.distributed.reduction", "sama_kernels.distributed.agreement", "sama_kernels.distributed.wrapped"],
-    ["sama_kernels.distributed.buckets", "sama_kernels.distributed.meeting"],
+    ["sama_kernels.distributed.buckets", "sama_kernels.distributed.evaluations"],
+    ["sama_kernels.distributed.meeting"],
     [
         "sama_kernels.checks",
         "sama_kernels.loss_checks",

@@ -276,9 +276,10 @@ def torchrun(folder: Path, fault: str, sharded: bool) -> subprocess.CompletedPro
     return done
 
 
-def test_a_closure_that_raises_in_an_fsdp_model_ends_the_job(tmp_path: Path) -> None:
+def test_a_layer_that_raises_in_an_fsdp_model_ends_the_job(tmp_path: Path) -> None:
     """The other rank waits in a collective of the model's own, until torchrun ends it."""
-    done = torchrun(tmp_path, 'raise ValueError("on purpose")', sharded=True)
+    fault = 'problem.net[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(ValueError("on purpose")))'
+    done = torchrun(tmp_path, fault, sharded=True)
     # -6: gloo's threads sometimes abort an interpreter that is on its way out.
     assert "sama_kernels: other ranks may wait for this one in collectives of the sharded model" in done.stderr
     assert "ValueError: on purpose" in done.stderr and re.search("exitcode  : (1|-6)\\b", done.stderr), done.stderr

@@ -45,7 +45,7 @@ def agree(
     known = _agreed.setdefault(_itself(group), {})
     key = tuple(description.items())
     digest = known.get(key) or _digest(key)
-    if all_say(_itself(group), _digest((digest, at_first))) and key in known:
+    if all_say(group, _digest((digest, at_first))) and key in known:
         return
     description = {**description, **(at_first or {})}
     everyone: list[Any] = [None] * dist.get_world_size(group)

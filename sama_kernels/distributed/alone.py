@@ -19,6 +19,10 @@ Form = Callable[[Sequence[int], list[Tensor | None], Sequence[Tensor | None]], l
 Share = float | Tensor
 
 
+class Never(Exception):
+    """What no closure raises."""
+
+
 class Alone:
     """One process, which has nothing to exchange.
 
@@ -43,6 +47,10 @@ class Alone:
     def shares_of(self, row: int) -> tuple[Share, Share]:
         """What this rank's gradients of the base and the meta loss count for in the meta gradient of a row."""
         return 1.0, 1.0
+
+    def evaluating(self, expected: type[Exception] = Never) -> AbstractContextManager[object]:
+        """Around each call of a closure; `expected`: what it may raise on all ranks alike."""
+        return nullcontext()
 
     def meta_backward(self) -> AbstractContextManager[object]:
         """Around the backward pass of the meta loss."""

@@ -12,7 +12,7 @@ others then raise as well, instead of waiting for it for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failure
-from sama_kernels.distributed.alone import Alone, Form, Share
+from sama_kernels.distributed.alone import Alone, Form, Never, Share
 from sama_kernels.distributed.buckets import Bucket
+from sama_kernels.distributed.evaluations import Evaluations
 from sama_kernels.distributed.reduction import OverlappedReduction
-from sama_kernels.distributed.sharded import averages_over, fsdp_modules, is_sharded, lacks_ranks
+from sama_kernels.distributed.sharded import averages_over, fsdp_modules, is_sharded, lacks_ranks, reshard
 from sama_kernels.types import Problem, Synchronisation
 
 
@@ -58,8 +59,12 @@ class Exchange(Alone):
         self._times = world if how.comm_hook is not None else 1  # such a hook divides by it
         self._meta_sharded = [is_sharded(p) for p in meta_params]
         # The collectives of FSDP's and tensor-parallel forward passes are not in our sequence.
-        inside = (p for module in problem.reached for p in module._parameters.values())
-        self._hangs = any(map(is_sharded, (*base_params, *meta_params, *inside)))
+        own = [m for m in problem.reached if any(p is not None and is_sharded(p) for p in m._parameters.values())]
+        self._hangs = bool(own) or any(map(is_sharded, (*base_params, *meta_params)))
+        self._fsdp = problem.fsdp
+        # Compiled code would be compiled again for the hooks.
+        meeting = self._hangs and not problem.compiled and world > 1
+        self._evaluations = Evaluations(group, (*problem.fsdp, *own)) if meeting else None
         self._v: list[Tensor | None] = [None] * len(base_params)
         self._norm_sqs: list[Tensor] = []
         self._at_once = problem.clipping.rank_one
@@ -81,6 +86,10 @@ class Exchange(Alone):
     def shares_of(self, row: int) -> tuple[Share, Share]:
         """A DTensor's gradients are averages already."""
         return (1.0, 1.0) if self._meta_sharded[row] else (self._share_base, self._share_meta)
+
+    def evaluating(self, expected: type[Exception] = Never) -> AbstractContextManager[object]:
+        """Where the modules have collectives of their own, a closure that raises on one rank does on all."""
+        return nullcontext() if self._evaluations is None else self._evaluations.one(expected)
 
     @contextmanager
     def meta_backward(self) -> Iterator[None]:
@@ -191,6 +200,9 @@ class Exchange(Alone):
         if not isinstance(error, Exception) or self._status.reported or broken:
             return
         if self._hangs:
+            if self._evaluations is not None and self._evaluations.known:
+                reshard(self._fsdp)  # no backward pass will do it
+                return
             error.add_note(
                 "sama_kernels: other ranks may wait for this one in collectives of the sharded model; let this process"
                 " end, and torchrun ends the job"

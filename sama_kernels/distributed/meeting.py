@@ -10,6 +10,11 @@ import torch.distributed as dist
 # How often the members of a group have met, and this rank's last word. By the group itself: the id of a group that was
 # destroyed comes back, on one rank and not on another.
 _met: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
+_FAILED = b"failed on rank "
+
+
+class Failed(RuntimeError):
+    """Another rank has failed, and comes to no meeting."""
 
 
 def all_say(group: Any, word: str) -> bool:
@@ -20,8 +25,10 @@ def all_say(group: Any, word: str) -> bool:
     one that the host has to wait for, behind all work that has been launched.
 
     Raises:
+        Failed: a member called `stay_away` instead.
         torch.distributed.DistStoreError: a rank did not come within the timeout of the group.
     """
+    group = _itself(group)
     world, store = dist.get_world_size(group), group.get_group_store()
     number, last_word = _met.get(group, (0, ""))
     _met[group] = number + 1, word
@@ -35,4 +42,21 @@ def all_say(group: Any, word: str) -> bool:
             for key in (f"{before}/said/{last_word}", f"{before}/came", f"{before}/alike"):
                 store.delete_key(key)
     said: bytes = store.get(f"{here}/alike")
+    if said.startswith(_FAILED):
+        raise Failed(
+            f"base_loss, meta_loss: the meta step {said.decode()}, whose own error says why; on this rank nothing was"
+            " changed"
+        )
     return said == b"yes"
+
+
+def stay_away(group: Any) -> None:
+    """Say that this rank has failed; all others learn of it at the next meeting, which this one counts as made."""
+    group = _itself(group)
+    number, _ = _met.get(group, (0, ""))
+    _met[group] = number + 1, ""
+    group.get_group_store().set(f"sama_kernels/{number}/alike", _FAILED + str(dist.get_rank()).encode())
+
+
+def _itself(group: Any) -> Any:
+    return dist.group.WORLD if group is None else group
