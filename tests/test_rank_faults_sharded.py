@@ -142,3 +142,30 @@ def _asking(original: Any, weigher: torch.nn.Module) -> Any:
 def test_asking_for_values_at_theta_is_no_failure() -> None:
     first, second = run_ranks(2, _held)
     assert first == second and all(abs(x) > 0 for x in first)
+
+
+def _unequal_calls(rank: int, world: int) -> Tensor:
+    """Two copies of a tensor-parallel model over two ranks each, one of which is called once more than the other."""
+    problem = Divided(rank // 2, 2)
+    problem.of_losses = False
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(problem.net, mesh["tensor"], plan)
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer)
+    original = problem.base_loss
+
+    def base_loss() -> Tensor:
+        loss: Tensor = original()
+        return loss + 0 * problem.net(problem.base[0]).mean() if rank < 2 else loss
+
+    problem.base_loss = base_loss  # type: ignore[method-assign]
+    for _ in range(2):
+        out = problem.meta_grad(optimizer, sync="final")
+    return torch.cat([g.flatten() for g in out.grads])
+
+
+def test_ranks_that_call_a_model_of_their_own_more_often() -> None:
+    """No other rank has a part of it, so nobody waits for them in its forward pass."""
+    first, *others = run_ranks(4, _unequal_calls)
+    assert first.any() and all(torch.equal(first, x) for x in others)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failure
 from sama_kernels.distributed.alone import Alone, Form, Never, Share
@@ -59,12 +59,12 @@ class Exchange(Alone):
         self._times = world if how.comm_hook is not None else 1  # such a hook divides by it
         self._meta_sharded = [is_sharded(p) for p in meta_params]
         # The collectives of FSDP's and tensor-parallel forward passes are not in our sequence.
-        own = [m for m in problem.reached if any(p is not None and is_sharded(p) for p in m._parameters.values())]
+        own = [m for m in problem.reached if any(map(is_sharded, m._parameters.values()))]
         self._hangs = bool(own) or any(map(is_sharded, (*base_params, *meta_params)))
         self._fsdp = problem.fsdp
         # Compiled code would be compiled again for the hooks.
         meeting = self._hangs and not problem.compiled and world > 1
-        self._evaluations = Evaluations(group, (*problem.fsdp, *own)) if meeting else None
+        self._evaluations = Evaluations(group, _called_alike((*problem.fsdp, *own), group)) if meeting else None
         self._v: list[Tensor | None] = [None] * len(base_params)
         self._norm_sqs: list[Tensor] = []
         self._at_once = problem.clipping.rank_one
@@ -261,6 +261,15 @@ def _agree(problem: Problem, how: Synchronisation) -> None:
         "comm_hook": given[how.comm_hook is not None],
     }
     agree(how.group, description, problem.base_params[0].device, at_first={"alpha": problem.alpha})
+
+
+def _called_alike(modules: Sequence[nn.Module], group: Any) -> list[nn.Module]:
+    """Those that all ranks of the group call equally often, as each of them has a part."""
+
+    def everywhere(module: nn.Module) -> bool:
+        return not any(lacks_ranks(p, group) for p in module.parameters() if is_sharded(p))
+
+    return [module for module in modules if everywhere(module)]
 
 
 def _check_placements(problem: Problem, direct: bool, group: Any) -> None:
