@@ -166,21 +166,21 @@ class Gated(nn.Module):
         return torch.stack(parts).sum() / len(losses)
 
 
-def _unused(rank: int, world: int, wrap: bool) -> list[Tensor | None]:
+def _unused(rank: int, world: int, wrap: bool, of: int | None = None) -> list[Tensor | None]:
+    """`of`: one process on what so many have together. All ranks but the first have class 0 alone."""
     torch.manual_seed(0)
     net: nn.Module = nn.Linear(4, 1).double()
-    x, y, classes = torch.randn(8, 4).double(), torch.randn(8, 1).double(), torch.tensor([0, 0, 1, 1, 1, 1, 0, 0])
+    x, y, classes = torch.randn(12, 4).double(), torch.randn(12, 1).double(), torch.zeros(12, dtype=torch.int64)
+    classes[1:3] = 1
     gate: nn.Module = Gated()
     if wrap:
         gate = DDP(gate, find_unused_parameters=True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     (net(x) - y).square().mean().backward()
     optimizer.step()
-    rows = slice(4 * rank, 4 * rank + 4) if world == 2 else slice(0, 8)
-    if world == 2 and rank == 1:
-        classes = torch.zeros(8, dtype=torch.int64)  # this rank has class 0 alone
-    elif world == 1:
-        classes = torch.cat([classes[:4], torch.zeros(4, dtype=torch.int64)])
+    own = 12 // (of or world)
+    assert own >= 3  # the first rank has both
+    rows = slice(0, 12) if of else slice(own * rank, own * rank + own)
     out = sk.meta_grad(
         lambda: gate((net(x[rows]) - y[rows]).square(), classes[rows]),
         lambda: (net(x[rows]) - y[rows]).square().mean(),
@@ -189,9 +189,10 @@ def _unused(rank: int, world: int, wrap: bool) -> list[Tensor | None]:
     return list(out.grads)
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("wrap", [False, True], ids=["plain", "DDP"])
-def test_ranks_on_which_some_lambda_is_unused(wrap: bool) -> None:
-    expected = _unused(0, 1, False)
+def test_ranks_on_which_some_lambda_is_unused(wrap: bool, world: int) -> None:
+    expected = _unused(0, 1, False, of=world)
     assert expected[0] != 0 and expected[1] != 0 and expected[2] == 0
-    for grads in run_ranks(2, _unused, wrap):
+    for grads in run_ranks(world, _unused, wrap):
         torch.testing.assert_close(grads, expected, rtol=1e-9, atol=0)

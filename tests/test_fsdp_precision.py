@@ -110,8 +110,9 @@ def _mixed_precision(rank: int, world: int) -> None:
             assert float(flat(out.grads).norm()) > 0
 
 
-def test_mixed_precision_policies() -> None:
-    run_ranks(2, _mixed_precision)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_mixed_precision_policies(world: int) -> None:
+    run_ranks(world, _mixed_precision)
 
 
 def _dropout(rank: int, world: int) -> Tensor:

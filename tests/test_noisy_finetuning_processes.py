@@ -26,23 +26,22 @@ from sama_experiments.noisy_finetuning.options import parse
 from sama_experiments.noisy_finetuning.training import Trainer
 
 PROGRAM = "sama_experiments.noisy_finetuning"
-# Batches of 5 and 7: the parts of two processes differ in size.
+# Batches of 5 and 7: the parts of two, three and four processes differ in size.
 TINY = [
     "--limit", "200", "--clean", "20", "--steps", "8", "--clean-steps", "4", "--meta-start", "2", "--batch", "5",
-    "--meta-batch", "7", "--clean-batch", "3", "--seeds", "0", "--device", "cpu",
+    "--meta-batch", "7", "--clean-batch", "5", "--seeds", "0", "--device", "cpu",
 ]  # fmt: skip
 METHODS_RUN = ["--methods", "weak", "sama-rc-clean"]
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+LAUNCHERS = {  # followed by the number of processes
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"],
     # accelerate starts several processes on a machine without GPUs only if it is told that there are some
     "accelerate": [
         "-m",
         "accelerate.commands.launch",
         "--multi_gpu",
-        "--num_processes",
-        "2",
         "--main_process_port",
         "0",
+        "--num_processes",
     ],
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -60,24 +59,26 @@ def alone(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return json.loads((out / "noisy_finetuning.json").read_text())
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_program_finds_the_same_on_two_processes(
-    alone: dict[str, Any], model_folder: Path, tmp_path: Path, launcher: str
+@pytest.mark.parametrize(
+    ("launcher", "world"), [("torchrun", 2), ("torchrun", 3), ("accelerate", 2), ("accelerate", 4)]
+)
+def test_the_program_finds_the_same_on_several_processes(
+    alone: dict[str, Any], model_folder: Path, tmp_path: Path, launcher: str, world: int
 ) -> None:
-    command = [sys.executable, *LAUNCHERS[launcher], "-m", PROGRAM, *TINY, *METHODS_RUN]
+    command = [sys.executable, *LAUNCHERS[launcher], str(world), "-m", PROGRAM, *TINY, *METHODS_RUN]
     command += ["--model", str(model_folder), "--out", str(tmp_path)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "noisy_finetuning.json").read_text())
     assert (tmp_path / "noisy_finetuning.png").is_file()
-    assert result["processes"] == 2 and alone["processes"] == 1 and result["options"]["settings"]["sync"] == "full"
+    assert result["processes"] == world and alone["processes"] == 1 and result["options"]["settings"]["sync"] == "full"
     assert result["linear_probe_accuracy"] == alone["linear_probe_accuracy"]
     for got, expected in zip(result["runs"], alone["runs"], strict=True):
         for key in ("method", "seed", "accuracy", "curve", "steps", "degenerate_meta_steps"):
             assert got[key] == expected[key]
         assert got["base_norm"] == pytest.approx(expected["base_norm"], rel=1e-6)
         assert got.get("learned", {}) == pytest.approx(expected.get("learned", {}), rel=1e-5)
-    for line in ("finetune on weak labels, seed 0:", "2 processes: throughput", "For scale:", "wrote "):
+    for line in ("finetune on weak labels, seed 0:", f"{world} processes: throughput", "For scale:", "wrote "):
         assert done.stdout.count(line) == 1
 
 
@@ -117,14 +118,16 @@ def all_cases(rank: int, world: int, folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_weights_are_those_of_one_process(model_folder: Path) -> None:
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_weights_are_those_of_one_process(model_folder: Path, world: int) -> None:
     """In float64, where the only difference left is the order of sums."""
     expected = all_cases(0, 1, model_folder)
-    first, second = run_ranks(2, all_cases, model_folder)
+    first, *others = run_ranks(world, all_cases, model_folder)
     for name in first:
-        assert torch.equal(first[name]["weights"], second[name]["weights"])
         assert torch.equal(first[name]["drawn"], expected[name]["drawn"])
-        assert (first[name]["drawn"] != second[name]["drawn"]).all()  # other dropout masks
+        for other in others:
+            assert torch.equal(first[name]["weights"], other[name]["weights"])
+            assert (first[name]["drawn"] != other[name]["drawn"]).all()  # other dropout masks
     for name in CASES:
         torch.testing.assert_close(first[name]["weights"], expected[name]["weights"], rtol=1e-9, atol=1e-11)
     assert (first["final"]["weights"] - expected["final"]["weights"]).abs().max() > 1e-6  # each rank has its own v
@@ -178,9 +181,9 @@ def test_an_error_of_one_ends_the_others(model_folder: Path, tmp_path: Path) -> 
 
 
 def test_batches_hold_a_sample_for_each_process(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
-    monkeypatch.setattr(processes, "world", lambda: 4)  # --clean-batch is 3
+    monkeypatch.setattr(processes, "world", lambda: 6)  # --batch and --clean-batch are 5
     encoder = PretrainedEncoder(model_folder, 1, 12, torch.device("cpu"))
-    with pytest.raises(ExperimentError, match=r"^4 processes: --batch, --clean-batch, --meta-batch and --clean must"):
+    with pytest.raises(ExperimentError, match=r"^6 processes: --batch, --clean-batch, --meta-batch and --clean must"):
         Experiment(load_reviews(200), encoder, parse(TINY).settings, "test", Silent())
 
 
