@@ -312,5 +312,6 @@ def test_objects_are_sent_from_the_gpu_of_the_parameters(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(agreement, "all_say", lambda group, word: True)  # through a store, from no device
     agreement.agree(Group(), {"sync": "full"}, torch.device("cuda", 1))
     assert current == [torch.device("cuda", 0)]

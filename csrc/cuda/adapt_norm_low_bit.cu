@@ -97,13 +97,12 @@ __device__ inline void dequantise(
 }
 
 // Blocks that a multiprocessor must have room for; 0: as many as ptxas thinks right, which would be four in float32 on sm_80
-// and three on sm_100, and two in float64 there, by pressing a kernel into 64, 80 or 128 registers and spilling one of them.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kLowBitBlocksOfFloat = 3;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kLowBitBlocksOfFloat = 2;
+// and two in float64 on sm_100, and one variant of three in float32 there, by pressing kernels into 64, 128 or 80 registers
+// and spilling. Told to have room for three in float32, it spills none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+constexpr int kLowBitBlocksOfFloat = 0; // three
 #else
-constexpr int kLowBitBlocksOfFloat = 0;
+constexpr int kLowBitBlocksOfFloat = 3;
 #endif
 template <class T>
 constexpr int kLowBitBlocks = sizeof(T) == 8 ? 1 : kLowBitBlocksOfFloat;
