@@ -6,7 +6,8 @@
     the status
 
 A rank whose closure raises goes through the rest of the sequence with what it has, and says so in the status; the
-others then raise as well, instead of waiting for it for ever.
+others then raise as well, instead of waiting for it for ever. Where forward passes are collectives, too, `Evaluations`
+tells them before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -266,8 +267,17 @@ def _agree(problem: Problem, how: Synchronisation) -> None:
 def _called_alike(modules: Sequence[nn.Module], group: Any) -> list[nn.Module]:
     """Those that all ranks of the group call equally often, as each of them has a part."""
 
+    of_mesh: dict[Any, bool] = {}  # most models have one mesh: not a set of all ranks for each parameter
+
     def everywhere(module: nn.Module) -> bool:
-        return not any(lacks_ranks(p, group) for p in module.parameters() if is_sharded(p))
+        for p in module.parameters():
+            if is_sharded(p):
+                mesh = cast(Any, p).device_mesh
+                if mesh not in of_mesh:
+                    of_mesh[mesh] = not lacks_ranks(p, group)
+                if not of_mesh[mesh]:
+                    return False
+        return True
 
     return [module for module in modules if everywhere(module)]
 
