@@ -14,7 +14,7 @@ from sama_kernels import backends, checks, clipping, differences, loss_checks, o
 from sama_kernels.algorithms import Algorithm, Sama, SamaNA, second_order
 from sama_kernels.algorithms.options import resolve
 from sama_kernels.direction import adaptation_of
-from sama_kernels.distributed import CommHook, arguments, quiet, ranks_of, sharded
+from sama_kernels.distributed import CommHook, arguments, fsdp, quiet, ranks_of
 from sama_kernels.function import SamaFunction
 from sama_kernels.guards import Interrupts, RngState, frozen
 from sama_kernels.hooks import unhooked
@@ -139,9 +139,9 @@ def meta_grad(
     checks.choice("difference", difference, checks.DIFFERENCES)
     base_losses, (meta_closure, *_) = checks.closures("base_loss", base_loss), checks.closures("meta_loss", meta_loss)
     reach = reachable((*base_losses, meta_closure, base_params, meta_params))
-    fsdp = sharded.fsdp_modules(reach.modules)
-    sharded.synchronising(fsdp)
-    sharded.reshard(fsdp)  # a forward pass without a backward pass may have left modules gathered
+    gathering = fsdp.fsdp_modules(reach.modules)
+    fsdp.synchronising(gathering)
+    fsdp.reshard(gathering)  # a forward pass without a backward pass may have left modules gathered
     theta = checks.tensors("base_params", base_params, skip_frozen=True)
     lam = checks.tensors("meta_params", meta_params, skip_frozen=False)
     checks.leaves("base_params", theta)
@@ -183,8 +183,8 @@ def meta_grad(
         synchronisation=synchronisation,
         reached=tuple(reach.modules),
         generators=tuple(reach.generators),
-        fsdp=fsdp,
-        owned=sharded.managed(fsdp),
+        fsdp=gathering,
+        owned=fsdp.managed(gathering),
     )
     arguments.same_direction(problem)
     torch.clear_autocast_cache()  # within an autocast block it holds theta as it was before the base step

@@ -40,10 +40,9 @@ def direct_gradient(problem: Problem, ranks: Alone, interrupts: Interrupts) -> M
     n = len(problem.base_params)
     drawing = mask_draws.fast(problem.meta_loss, problem.base_params[0].device)
     unwritten = Unwritten(problem.base_params).during("meta_loss")
-    with ranks.evaluating():
-        with torch.enable_grad(), drawing, unwritten, interrupts.allowed():
-            loss = problem.meta_loss()
-        loss_checks.scalar_loss("meta_loss", loss, "base_params")
+    with torch.enable_grad(), drawing, unwritten, interrupts.allowed():
+        loss = problem.meta_loss()
+    loss_checks.scalar_loss("meta_loss", loss, "base_params")
     with torch.enable_grad(), interrupts.allowed():
         inputs = (*problem.base_params, *problem.meta_params)
         with ranks.meta_backward():
@@ -131,15 +130,7 @@ class PerturbedPasses:
         for loss in self._losses:
             tape = holding.Tape(copy=True)
             answers, explained = holding.handling(tape.record), loss_checks.inner_gradients()
-            evaluating = self._ranks.evaluating()
-            with (
-                evaluating,
-                torch.enable_grad(),
-                self._as_trained(loss),
-                answers,
-                self._interrupts.allowed(),
-                explained,
-            ):
+            with torch.enable_grad(), self._as_trained(loss), answers, self._interrupts.allowed(), explained:
                 loss()
             holding.remember(loss)
             tapes.append(tape)
@@ -177,9 +168,8 @@ class PerturbedPasses:
         closure = self._losses[i]
         watch = self.watch(closure)
         with holding.recomputing(self.recomputed(i) if record is None else torch.detach), no_fast_attention():
-            with self._ranks.evaluating(holding.NeedsCentre):
-                loss = self._loss(i, watch or nullcontext(), record)
-                loss_checks.scalar_loss("base_loss", loss, "meta_params")
+            loss = self._loss(i, watch or nullcontext(), record)
+            loss_checks.scalar_loss("base_loss", loss, "meta_params")
             if watch is not None:
                 watch.report(closure)
             with self._interrupts.allowed(), backward:

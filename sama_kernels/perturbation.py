@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sama_kernels import ops
 from sama_kernels.backends.reference import bits
-from sama_kernels.distributed import sharded
+from sama_kernels.distributed import fsdp, sharded
 
 
 class Perturbation:
@@ -34,7 +34,7 @@ class Perturbation:
         self._kept = False
 
     def __enter__(self) -> Perturbation:
-        sharded.reshard(self._fsdp)  # what is gathered from here on is frozen
+        fsdp.reshard(self._fsdp)  # what is gathered from here on is frozen
         return self
 
     def __exit__(
@@ -45,8 +45,8 @@ class Perturbation:
         if self._has_moved and not self._kept:
             # The same bits as before: a graph of the caller's that saved theta may still be used.
             torch._C._autograd._unsafe_set_version_counter(tuple(self.params), self._versions)
-        sharded.reshard(self._fsdp)
-        sharded.forget_forward_passes(self._fsdp)
+        fsdp.reshard(self._fsdp)
+        fsdp.forget_forward_passes(self._fsdp)
 
     def plus(self, epsilon: Tensor, rounding: int, seed: int) -> Tensor | None:
         """theta -> theta+ = theta + epsilon v.
@@ -63,19 +63,19 @@ class Perturbation:
                 rounding=rounding, seed=_seed_of_part(seed, number), measure=measure, backend=self._backend,
             )  # fmt: skip
             steps.append(sharded.sum_over(step, groups) if measure else step)
-        sharded.reshard(self._fsdp)
+        fsdp.reshard(self._fsdp)
         return torch.stack(steps).sum(0) if measure else None
 
     def minus(self, epsilon: Tensor) -> None:
         """theta+ -> theta- = theta - epsilon v."""
         ops.perturb(self.params, self.v, epsilon, ops.MINUS, backend=self._backend)
-        sharded.reshard(self._fsdp)
+        fsdp.reshard(self._fsdp)
 
     def toggle(self) -> None:
         """theta+- -> theta, or back again."""
         ops.restore(self.params, self.v, backend=self._backend)
         self._moved = not self._moved
-        sharded.reshard(self._fsdp)
+        fsdp.reshard(self._fsdp)
 
     def keep(self, unless: Tensor | None = None) -> None:
         """Leave theta where it is: at theta-, which is the paper's base update theta - epsilon v.

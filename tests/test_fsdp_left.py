@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import sama_kernels as sk
 from sama_kernels.algorithms import BOME, F2SA, T1T2, Iterative
-from sama_kernels.distributed import sharded
+from sama_kernels.distributed import fsdp
 
 
 class Holding(nn.Module):
@@ -138,7 +138,7 @@ def _ignored(rank: int, world: int) -> tuple[set[str], set[str]]:
     net[0].weight = nn.Parameter(distribute_tensor(net[0].weight.detach(), mesh, [Shard(0)]))
     fully_shard(net, mesh=mesh, ignored_params={net[0].weight})
     names = {id(p): name for name, p in net.named_parameters()}
-    return {names[i] for i in sharded.managed(sharded.fsdp_modules([net]))}, set(names.values())
+    return {names[i] for i in fsdp.managed(fsdp.fsdp_modules([net]))}, set(names.values())
 
 
 def test_dtensors_that_fsdp_ignores_are_not_its_own() -> None:

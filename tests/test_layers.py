@@ -57,8 +57,8 @@ LAYERS = [
     ["sama_kernels.distributed.exchange", "sama_kernels.distributed.arguments"],
     ["sama_kernels.distributed.alone"],
     ["sama_kernels.distributed.reduction", "sama_kernels.distributed.agreement", "sama_kernels.distributed.wrapped"],
-    ["sama_kernels.distributed.buckets", "sama_kernels.distributed.evaluations"],
-    ["sama_kernels.distributed.meeting"],
+    ["sama_kernels.distributed.buckets", "sama_kernels.distributed.standing_in"],
+    ["sama_kernels.distributed.meeting", "sama_kernels.distributed.collectives"],
     [
         "sama_kernels.checks",
         "sama_kernels.loss_checks",
@@ -71,7 +71,7 @@ LAYERS = [
     ],
     ["sama_kernels.generators"],
     ["sama_kernels.shared_memory"],
-    ["sama_kernels.distributed.sharded"],
+    ["sama_kernels.distributed.sharded", "sama_kernels.distributed.fsdp"],
     [
         "sama_kernels.types",
         "sama_kernels.version",

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sama_kernels.distributed.meeting import all_say
+from sama_kernels.distributed.meeting import all_say, itself
 
 # Descriptions that all ranks have, and their digests. By the group itself: the id of a group that was destroyed comes
 # back, on one rank and not on another.
@@ -42,7 +42,7 @@ def agree(
     """
     if dist.get_world_size(group) == 1:
         return
-    known = _agreed.setdefault(_itself(group), {})
+    known = _agreed.setdefault(itself(group), {})
     key = tuple(description.items())
     digest = known.get(key) or _digest(key)
     if all_say(group, _digest((digest, at_first))) and key in known:
@@ -70,12 +70,8 @@ def _digest(value: Any) -> str:
 
 def _names(group: Any, places: Sequence[int]) -> list[int]:
     """The ranks, among all processes, of members of a group."""
-    ranks = dist.get_process_group_ranks(_itself(group))
+    ranks = dist.get_process_group_ranks(itself(group))
     return [ranks[place] for place in places]
-
-
-def _itself(group: Any) -> Any:
-    return dist.group.WORLD if group is None else group
 
 
 def _short(value: Any, other: Any) -> str:
@@ -95,7 +91,7 @@ class Verdict:
     Attributes:
         losses: the averages of the losses that the ranks reported.
         degenerate: bool: no rank has a derivative.
-        bad: bool: the sums are not to be used, as a rank failed, or has a loss or a norm that is not finite.
+        bad: bool: the sums are not to be used, as a rank has a loss or a norm that is not finite.
     """
 
     losses: list[Tensor]
@@ -104,90 +100,24 @@ class Verdict:
 
 
 class Status:
-    """One small all-reduce at the end of a meta step, in which every rank takes part, also one whose closure raised,
-    so that none waits for ever."""
+    """One small all-reduce at the end of a meta step."""
 
-    FAILED, DEGENERATE, NOT_FINITE = range(3)
+    DEGENERATE, NOT_FINITE = range(2)
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self._group, self._device = group, device
         self._rank, self._world = dist.get_rank(group), dist.get_world_size(group)
-        self.reported = False
-
-    def report_failure(self) -> None:
-        """This rank's closure raised."""
-        flags = self._blank()
-        flags[self.FAILED, self._rank] = 1
-        everything = torch.cat([flags.flatten(), flags.new_zeros(3)])
-        self._sum(everything)
-        if not may_wait(self._device):  # the others raise at the next step, which this rank must not make alone
-            ask_later(self._group, everything[:-3].view(3, self._world)[self.FAILED])
 
     def report(self, losses: Sequence[Tensor], degenerate: Tensor, finite: Tensor) -> Verdict:
         """Say how it went here, and learn how it went elsewhere.
 
         Arguments:
             losses: three, 0-dim, already multiplied with this rank's shares.
-        Raises:
-            RuntimeError: a rank failed. On an accelerator, where asking would make the host wait, `bad` says so and the
-                next meta step raises (`learn_of_failure`).
         """
-        flags = self._blank()
+        flags = torch.zeros((2, self._world), dtype=torch.float64, device=self._device)
         flags[self.DEGENERATE, self._rank], flags[self.NOT_FINITE, self._rank] = degenerate, ~finite
         everything = torch.cat([flags.flatten(), *(x.reshape(1).double() for x in losses)])
-        self._sum(everything)
-        flags, sums = everything[:-3].view(3, self._world), everything[-3:]
-        if may_wait(self._device):
-            raise_if_failed(self._group, flags[self.FAILED])
-        else:
-            ask_later(self._group, flags[self.FAILED])
-        failed, degenerate_ranks, not_finite = (flags > 0).unbind()
-        return Verdict(list(sums.unbind()), degenerate_ranks.all(), failed.any() | not_finite.any())
-
-    def _blank(self) -> Tensor:
-        return torch.zeros((3, self._world), dtype=torch.float64, device=self._device)
-
-    def _sum(self, values: Tensor) -> None:
-        self.reported = True
-        dist.all_reduce(values, group=self._group)
-
-
-def may_wait(device: torch.device) -> bool:
-    """Whether reading a number from `device` costs the host no waiting."""
-    return device.type == "cpu"
-
-
-_asked: WeakKeyDictionary[Any, tuple[Tensor, torch.cuda.Event]] = WeakKeyDictionary()  # by group
-
-
-def ask_later(group: Any, failed: Tensor) -> None:
-    """Begin to copy the flags to the host, for `learn_of_failure`."""
-    copy = torch.empty(failed.shape, dtype=failed.dtype, device="cpu", pin_memory=True)
-    copy.copy_(failed, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(failed.device))
-    _asked[_itself(group)] = copy, event
-
-
-def learn_of_failure(group: Any) -> None:
-    """Raise, on every rank of the group, if its last meta step failed on one; before the first collective.
-
-    All have to raise at the same step, so the host waits for the end of the last meta step if the device has not come
-    that far; the device has the base steps since then to go on with.
-    """
-    asked = _asked.pop(_itself(group), None)
-    if asked is not None:
-        failed, event = asked
-        event.synchronize()
-        raise_if_failed(group, failed, "the meta step before this one")
-
-
-def raise_if_failed(group: Any, failed: Tensor, which: str = "the meta step") -> None:
-    """`failed`: not 0 for the members that did, on the host."""
-    places = [place for place, flag in enumerate(failed.tolist()) if flag]
-    if places:
-        ranks = ", ".join(map(str, _names(group, places)))
-        raise RuntimeError(
-            f"base_loss, meta_loss: {which} failed on rank {ranks}, whose own error says why; on this rank"
-            " nothing was changed"
-        )
+        dist.all_reduce(everything, group=self._group)
+        flags, sums = everything[:-3].view(2, self._world), everything[-3:]
+        degenerate_ranks, not_finite = (flags > 0).unbind()
+        return Verdict(list(sums.unbind()), degenerate_ranks.all(), not_finite.any())

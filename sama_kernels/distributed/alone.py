@@ -9,6 +9,7 @@ from types import TracebackType
 from torch import Tensor
 
 from sama_kernels.distributed.agreement import Verdict
+from sama_kernels.distributed.fsdp import leave_passes
 from sama_kernels.ownership import own
 from sama_kernels.types import Problem
 
@@ -17,10 +18,6 @@ Adapt = Callable[[list[Tensor | None]], list[Tensor]]
 Form = Callable[[Sequence[int], list[Tensor | None], Sequence[Tensor | None]], list[Tensor]]
 """(rows, first, last): this rank's meta gradient of these rows, in the memory of `first` where that is there."""
 Share = float | Tensor
-
-
-class Never(Exception):
-    """What no closure raises."""
 
 
 class Alone:
@@ -40,6 +37,7 @@ class Alone:
 
     def __init__(self, problem: Problem) -> None:
         self._params = problem.base_params
+        self._fsdp = problem.fsdp
         self._averaged = [id(p) in problem.owned for p in problem.base_params]
         self._first: list[Tensor | None] = []
         self._form: Form | None = None
@@ -47,10 +45,6 @@ class Alone:
     def shares_of(self, row: int) -> tuple[Share, Share]:
         """What this rank's gradients of the base and the meta loss count for in the meta gradient of a row."""
         return 1.0, 1.0
-
-    def evaluating(self, expected: type[Exception] = Never) -> AbstractContextManager[object]:
-        """Around each call of a closure; `expected`: what it may raise on all ranks alike."""
-        return nullcontext()
 
     def meta_backward(self) -> AbstractContextManager[object]:
         """Around the backward pass of the meta loss."""
@@ -89,6 +83,8 @@ class Alone:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            leave_passes(self._fsdp)
         # `adapt`, the form and the reductions refer to one another, and hold gradients and buckets of theta's size.
         # They are to go now, not when Python next looks for cycles: a small transformer had five sets of them by then.
         vars(self).clear()

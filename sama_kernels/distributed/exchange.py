@@ -5,28 +5,29 @@
     the meta gradient
     the status
 
-A rank whose closure raises goes through the rest of the sequence with what it has, and says so in the status; the
-others then raise as well, instead of waiting for it for ever. Where forward passes are collectives, too, `Evaluations`
-tells them before.
+Those of FSDP, of tensor parallelism and of the closures come between them. A rank that raises stands in for itself in
+whatever is left of them (`standing_in`), and the others then raise as well, instead of waiting for it for ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from sama_kernels.distributed.agreement import Status, Verdict, agree, describe, learn_of_failure
-from sama_kernels.distributed.alone import Alone, Form, Never, Share
+from sama_kernels.distributed.agreement import Status, Verdict, agree, describe
+from sama_kernels.distributed.alone import Alone, Form, Share
 from sama_kernels.distributed.buckets import Bucket
-from sama_kernels.distributed.evaluations import Evaluations
+from sama_kernels.distributed.fsdp import averages_over, fsdp_modules
+from sama_kernels.distributed.meeting import Failed
 from sama_kernels.distributed.reduction import OverlappedReduction
-from sama_kernels.distributed.sharded import averages_over, fsdp_modules, is_sharded, lacks_ranks, reshard
+from sama_kernels.distributed.sharded import is_sharded, lacks_ranks
+from sama_kernels.distributed.standing_in import Attendance, CannotStandIn
 from sama_kernels.types import Problem, Synchronisation
 
 
@@ -39,7 +40,6 @@ class Exchange(Alone):
 
     def __init__(self, problem: Problem, how: Synchronisation) -> None:
         super().__init__(problem)
-        learn_of_failure(how.group)
         base_params, meta_params, group = problem.base_params, problem.meta_params, how.group
         world, device = dist.get_world_size(group), base_params[0].device
         # FSDP averages gradients of lambda that every rank has divided by its own epsilon, which must be the same.
@@ -59,13 +59,7 @@ class Exchange(Alone):
             self.base_factor, self._share_base = self._share_base * world, 1 / world
         self._times = world if how.comm_hook is not None else 1  # such a hook divides by it
         self._meta_sharded = [is_sharded(p) for p in meta_params]
-        # The collectives of FSDP's and tensor-parallel forward passes are not in our sequence.
-        own = [m for m in problem.reached if any(map(is_sharded, m._parameters.values()))]
-        self._hangs = bool(own) or any(map(is_sharded, (*base_params, *meta_params)))
-        self._fsdp = problem.fsdp
-        # Compiled code would be compiled again for the hooks.
-        meeting = self._hangs and not problem.compiled and world > 1
-        self._evaluations = Evaluations(group, _called_alike((*problem.fsdp, *own), group)) if meeting else None
+        self._attendance = Attendance(group) if world > 1 else None
         self._v: list[Tensor | None] = [None] * len(base_params)
         self._norm_sqs: list[Tensor] = []
         self._at_once = problem.clipping.rank_one
@@ -87,10 +81,6 @@ class Exchange(Alone):
     def shares_of(self, row: int) -> tuple[Share, Share]:
         """A DTensor's gradients are averages already."""
         return (1.0, 1.0) if self._meta_sharded[row] else (self._share_base, self._share_meta)
-
-    def evaluating(self, expected: type[Exception] = Never) -> AbstractContextManager[object]:
-        """Where the modules have collectives of their own, a closure that raises on one rank does on all."""
-        return nullcontext() if self._evaluations is None else self._evaluations.one(expected)
 
     @contextmanager
     def meta_backward(self) -> Iterator[None]:
@@ -179,41 +169,46 @@ class Exchange(Alone):
             losses: of the meta batch, and two of the base batch; this rank's.
             bad: whether this rank's gradients are not to be used.
         Raises:
-            RuntimeError: a closure raised on another rank (`Status.report`).
+            meeting.Failed: another rank raised.
         """
+        if self._attendance is not None:
+            self._attendance.arrive()
         base, meta = self._loss_shares
         shares = [x for x in self._loss_shares if isinstance(x, Tensor)]  # 0 / 0 where all weights are 0
         finite = torch.stack([x.isfinite() for x in (*losses, norm, *shares)]).all()
         shared = [x.double() * share for x, share in zip(losses, (meta, base, base), strict=True)]
         return self._status.report(shared, degenerate, finite if bad is None else finite & ~bad)
 
+    def __enter__(self) -> Exchange:
+        if self._attendance is not None:
+            self._attendance.begin()
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._tell(error)
+            if isinstance(error, Exception):
+                self._tell(error)
         finally:
+            if self._attendance is not None:
+                self._attendance.end()
             super().__exit__(kind, error, trace)
 
-    def _tell(self, error: BaseException | None) -> None:
+    def _tell(self, error: Exception) -> None:
         """The other ranks that this one has failed, if they do not know."""
         broken = self._meta.broken or self._direct.broken
-        if not isinstance(error, Exception) or self._status.reported or broken:
+        if self._attendance is None or self._attendance.over or broken:
             return
-        if self._hangs:
-            if self._evaluations is not None and self._evaluations.known:
-                reshard(self._fsdp)  # no backward pass will do it
-                return
+        try:
+            self._attendance.fail()
+        except (CannotStandIn, dist.DistError) as why:
             error.add_note(
-                "sama_kernels: other ranks may wait for this one in collectives of the sharded model; let this process"
-                " end, and torchrun ends the job"
+                f"sama_kernels: other ranks may wait for this one in a collective ({why}); let this process end, and"
+                " torchrun ends the job"
             )
-            return
-        self._form = None
-        self._at_once = True
-        self._direct.wait()
-        self._meta.wait()
-        self._status.report_failure()
+        except Failed as other:
+            raise other from error
 
     def _adapt_bucket(self, bucket: Bucket) -> None:
         """v = D d of one bucket, as soon as its sum is there."""
@@ -228,9 +223,7 @@ class Exchange(Alone):
 
     def _form_bucket(self, bucket: Bucket) -> None:
         """This rank's addend of the meta gradient, as soon as the last pass has all of the bucket."""
-        if self._form is None or self.taken is None:  # this rank has failed
-            bucket.flat.zero_()
-            return
+        assert self._form is not None and self.taken is not None
         self._form(bucket.rows, [*bucket.views], [self.taken[row] for row in bucket.rows])
         if self._times != 1:
             bucket.flat.mul_(self._times)
@@ -262,24 +255,6 @@ def _agree(problem: Problem, how: Synchronisation) -> None:
         "comm_hook": given[how.comm_hook is not None],
     }
     agree(how.group, description, problem.base_params[0].device, at_first={"alpha": problem.alpha})
-
-
-def _called_alike(modules: Sequence[nn.Module], group: Any) -> list[nn.Module]:
-    """Those that all ranks of the group call equally often, as each of them has a part."""
-
-    of_mesh: dict[Any, bool] = {}  # most models have one mesh: not a set of all ranks for each parameter
-
-    def everywhere(module: nn.Module) -> bool:
-        for p in module.parameters():
-            if is_sharded(p):
-                mesh = cast(Any, p).device_mesh
-                if mesh not in of_mesh:
-                    of_mesh[mesh] = not lacks_ranks(p, group)
-                if not of_mesh[mesh]:
-                    return False
-        return True
-
-    return [module for module in modules if everywhere(module)]
 
 
 def _check_placements(problem: Problem, direct: bool, group: Any) -> None:
