@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sama_kernels.held_values import code_of, is_held
+from sama_kernels.learned import Learned
 from sama_kernels.types import Closure
 
 _DETACHING = {Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__}  # type: ignore[attr-defined]
@@ -25,7 +25,7 @@ _INSTALLED, _TORCH = {"site-packages", "dist-packages"}, Path(torch.__file__).pa
 READS_GRAD = Tensor.grad.__get__  # type: ignore[union-attr]
 ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 """What a torch function mode sees where `x.grad` and `x.requires_grad` are read."""
-_watched = WeakIdKeyDictionary()
+_watched = Learned()
 
 
 class _Marked:
@@ -98,7 +98,7 @@ class DetachWatch(Watch):
 
     def report(self, closure: Closure) -> None:
         """Warn if something was found, with the cure; either way this closure's code is not watched again."""
-        _watched[_key(closure)] = True
+        _watched.note(_key(closure))
         name = getattr(closure, "__qualname__", type(closure).__name__)
         if self.asked:
             warnings.warn(
@@ -171,7 +171,7 @@ def _forwards() -> dict[CodeType, list[type[Function]]]:
 
 def is_new(closure: Closure) -> bool:
     """Whether the code of this closure has not been watched through a whole pass yet."""
-    return _key(closure) not in _watched
+    return not _watched.knows(_key(closure))
 
 
 def _key(closure: Closure) -> Any:

@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sama_kernels.guards import RngState
+from sama_kernels.learned import Learned
 from sama_kernels.reach import reachable
 from sama_kernels.types import Closure
 
@@ -109,7 +110,7 @@ class _Session(threading.local):
 _session = _Session()
 # By the thread whose pass it is. On a GPU backward has a thread of its own, which takes the last.
 _in_backward: list[tuple[int, Callable[[Tensor], Tensor]]] = []
-_asks = WeakIdKeyDictionary()
+_asks = Learned()
 _held = WeakIdKeyDictionary()
 _draws_by_itself = (
     WeakIdKeyDictionary()
@@ -244,12 +245,12 @@ def refuse(_: Tensor) -> Tensor:
 def remember(closure: Closure) -> None:
     """Note that `closure` calls `stop_gradient`, to spare the next meta step finding out."""
     if (code := code_of(closure)) is not None:
-        _asks[code] = True
+        _asks.note(code)
 
 
 def is_known_to_ask(closure: Closure) -> bool:
     """Whether an earlier meta step saw this closure's code call `stop_gradient`. A hint, never relied upon."""
-    return (code := code_of(closure)) is not None and code in _asks
+    return (code := code_of(closure)) is not None and _asks.knows(code)
 
 
 def code_of(closure: Closure) -> CodeType | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sama_kernels import adaptation as adaptations
-from sama_kernels import backends, checks, clipping, differences, loss_checks, ops, scaling
+from sama_kernels import backends, checks, clipping, differences, learned, loss_checks, ops, scaling
 from sama_kernels.algorithms import Algorithm, Sama, SamaNA, second_order
 from sama_kernels.algorithms.options import resolve
 from sama_kernels.direction import adaptation_of
@@ -188,7 +188,8 @@ def meta_grad(
     )
     arguments.same_direction(problem)
     torch.clear_autocast_cache()  # within an autocast block it holds theta as it was before the base step
-    return _sama(problem) if isinstance(chosen, Sama | SamaNA) else second_order(problem, chosen)
+    with learned.together():
+        return _sama(problem) if isinstance(chosen, Sama | SamaNA) else second_order(problem, chosen)
 
 
 def _rounding_seed(seed: int | None, optimizer: torch.optim.Optimizer | None) -> int:

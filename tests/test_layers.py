@@ -80,6 +80,7 @@ LAYERS = [
         "sama_kernels.hooks",
         "sama_kernels.nn",
         "sama_kernels.trees",
+        "sama_kernels.learned",
     ],
     ["sama_kernels.integrations.optimizers", "sama_kernels.integrations.endless"],
     ["sama_kernels.integrations"],
