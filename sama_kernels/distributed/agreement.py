@@ -92,17 +92,19 @@ class Verdict:
         losses: the averages of the losses that the ranks reported.
         degenerate: bool: no rank has a derivative.
         bad: bool: the sums are not to be used, as a rank has a loss or a norm that is not finite.
+        complete: bool: every rank has reported. For one that has failed, a stand-in has, with zeros.
     """
 
     losses: list[Tensor]
     degenerate: Tensor
     bad: Tensor
+    complete: Tensor
 
 
 class Status:
     """One small all-reduce at the end of a meta step."""
 
-    DEGENERATE, NOT_FINITE = range(2)
+    PRESENT, DEGENERATE, NOT_FINITE = range(3)
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -114,10 +116,11 @@ class Status:
         Arguments:
             losses: three, 0-dim, already multiplied with this rank's shares.
         """
-        flags = torch.zeros((2, self._world), dtype=torch.float64, device=self._device)
+        flags = torch.zeros((3, self._world), dtype=torch.float64, device=self._device)
+        flags[self.PRESENT, self._rank] = 1
         flags[self.DEGENERATE, self._rank], flags[self.NOT_FINITE, self._rank] = degenerate, ~finite
         everything = torch.cat([flags.flatten(), *(x.reshape(1).double() for x in losses)])
         dist.all_reduce(everything, group=self._group)
-        flags, sums = everything[:-3].view(2, self._world), everything[-3:]
-        degenerate_ranks, not_finite = (flags > 0).unbind()
-        return Verdict(list(sums.unbind()), degenerate_ranks.all(), not_finite.any())
+        flags, sums = everything[:-3].view(3, self._world), everything[-3:]
+        present, degenerate_ranks, not_finite = (flags > 0).unbind()
+        return Verdict(list(sums.unbind()), degenerate_ranks.all(), not_finite.any(), present.all())

@@ -171,13 +171,17 @@ class Exchange(Alone):
         Raises:
             meeting.Failed: another rank raised.
         """
-        if self._attendance is not None:
-            self._attendance.arrive()
         base, meta = self._loss_shares
         shares = [x for x in self._loss_shares if isinstance(x, Tensor)]  # 0 / 0 where all weights are 0
         finite = torch.stack([x.isfinite() for x in (*losses, norm, *shares)]).all()
         shared = [x.double() * share for x, share in zip(losses, (meta, base, base), strict=True)]
-        return self._status.report(shared, degenerate, finite if bad is None else finite & ~bad)
+        if self._attendance is not None:
+            self._attendance.over = True
+        verdict = self._status.report(shared, degenerate, finite if bad is None else finite & ~bad)
+        # The hosts meet rather than wait for a device to say that all have come. On a CPU they have waited already.
+        if self._attendance is not None and (norm.device.type != "cpu" or not verdict.complete):
+            self._attendance.arrive()
+        return verdict
 
     def __enter__(self) -> Exchange:
         if self._attendance is not None:

@@ -12,8 +12,8 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,8 @@ from torch.distributed import distributed_c10d
 from sama_kernels.distributed.collectives import Record, alike, call
 from sama_kernels.distributed.meeting import Failed, all_say, itself, next_meeting, stay_away
 
-LOOK = 0.25  # s between looks for a failure: a shorter meta step never looks
+LOOK = 0.25  # s between looks for a failure
+IDLE = 10.0  # s without a meta step, after which nobody looks
 SIGN_OF_LIFE = 1.0  # s between messages of a rank that makes no collective, once one has failed
 SILENCE = 60.0  # s without a message, after which a rank is taken for dead
 
@@ -39,7 +40,7 @@ class Attendance:
     """This rank's part in one meta step of a group: every collective of it, whatever happens.
 
     Attributes:
-        over: all ranks know how it went, or this one cannot tell them.
+        over: whatever happens now, the other ranks know how it went, or this one cannot tell them.
     """
 
     def __init__(self, group: Any) -> None:
@@ -51,8 +52,8 @@ class Attendance:
         self._published = 0  # of the calls
         self._said_all = False
         self._spoke = 0.0
-        self._end = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._speaking = threading.Lock()
+        self._announced = False
         self._opened = ExitStack()
         self.over = False
 
@@ -63,26 +64,19 @@ class Attendance:
         for key in _rubbish.pop(self._group, ()):  # everybody has read it
             store.delete_key(key)
         self._opened.enter_context(self._record.open())
-        self._watcher = threading.Thread(target=self._watch, name="sama_kernels failures", daemon=True)
-        self._watcher.start()
+        self._opened.enter_context(_watched(self))
 
     def end(self) -> None:
         """Noting and watching are over."""
         self._opened.close()
-        self._end.set()
-        if self._watcher is not None:
-            self._watcher.join()
-            self._watcher = None
 
     def arrive(self) -> None:
-        """The passes are over; wait for the other hosts.
+        """All collectives have been made; wait for the other hosts.
 
         Raises:
             Failed: the meta step failed elsewhere.
         """
-        self._opened.close()
         self._state = "arrived"
-        self.over = True
         all_say(self._group, "")
 
     def fail(self) -> None:
@@ -94,7 +88,8 @@ class Attendance:
         """
         self.over = True
         self.end()
-        self._state = "failed"
+        with self._speaking:
+            self._state = "failed"
         store = self._group.get_group_store()
         count, announced, matched = (f"{self._here}/{key}" for key in ("failures", "failed", "matched"))
         if store.add(count, 1) == 1:
@@ -112,24 +107,18 @@ class Attendance:
         if by_themselves and self._rank not in by_themselves:
             raise Failed(", ".join(map(str, by_themselves)))
 
-    def _watch(self) -> None:
-        """In a thread of its own, as the meta step's may be waiting in a collective; with a connection of its own to
-        the store, as the meta step's may be waiting there."""
-        try:
-            while not self._end.wait(LOOK):
-                if self._group not in _connections:
-                    _connections[self._group] = self._group.get_group_store().clone()
-                store = _connections[self._group]
-                if store.check([f"{self._here}/failed"]):
-                    break
-            else:
-                return
-            over = False
-            while not over:
-                over = self._end.wait(0.001)
+    def look(self) -> bool:
+        """Publish what this rank has launched if another one has failed; whether it has. For the watching thread."""
+        with self._speaking:
+            if self._state == "failed":
+                return False
+            if self._group not in _connections:
+                _connections[self._group] = self._group.get_group_store().clone()
+            store = _connections[self._group]
+            self._announced = self._announced or store.check([f"{self._here}/failed"])
+            if self._announced:
                 self._publish(store)
-        except RuntimeError:  # the store is gone, and with it whoever would read there
-            return
+            return self._announced
 
     def _publish(self, store: Any) -> None:
         """What has been launched since the last message; the last one of a rank that is running no more says so."""
@@ -147,6 +136,49 @@ class Attendance:
         self._published += len(calls)
         self._said_all = state != "running"
         self._spoke = time.monotonic()
+
+
+_watching: list[Attendance] = []
+_begins_or_ends = threading.Lock()
+_thread: threading.Thread | None = None
+
+
+@contextmanager
+def _watched(attendance: Attendance) -> Iterator[None]:
+    """A thread of its own looks for failures elsewhere, as the meta step's may be waiting in a collective. It has a
+    connection of its own to the store, as the meta step's may be waiting there; and it goes on from meta step to meta
+    step: to start one takes half a millisecond."""
+    global _thread
+    with _begins_or_ends:
+        _watching.append(attendance)
+        if _thread is None or not _thread.is_alive():
+            _thread = threading.Thread(target=_watch, name="sama_kernels: failures of other ranks", daemon=True)
+            _thread.start()
+    try:
+        yield
+    finally:
+        with _begins_or_ends:
+            _watching.remove(attendance)
+
+
+def _watch() -> None:
+    global _thread
+    idle_since = time.monotonic()
+    pause = LOOK
+    while True:
+        time.sleep(pause)
+        with _begins_or_ends:
+            watching = [*_watching]
+            if not watching and time.monotonic() - idle_since > IDLE:
+                _thread = None
+                return
+        if watching:
+            idle_since = time.monotonic()
+        failed = False
+        for attendance in watching:
+            with suppress(RuntimeError):  # the store is gone, and with it whoever would read there
+                failed = attendance.look() or failed
+        pause = 0.001 if failed else LOOK
 
 
 class _Log:
