@@ -21,15 +21,20 @@ TIMEOUT = timedelta(seconds=60)  # a rank that waits for ever is an error, not a
 
 
 def _rank_main(
-    rank: int, world: int, folder: str, backend: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world: int,
+    folder: str,
+    port: int,
+    backend: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(world), str(rank)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT
-    )
+    store = dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     result = function(rank, world, *arguments)
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.barrier()
@@ -41,8 +46,9 @@ def _rank_main(
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
     """`function(rank, world, *arguments)` on `world` processes; their results, by rank."""
+    # The kind of store that torchrun makes. One in a file is asked again every 10 ms.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _rank_main, (world, folder, backend, function, arguments), nprocs=world, start_method="forkserver"
-        )
+        given = world, folder, store.port, backend, function, arguments
+        mp.start_processes(_rank_main, given, nprocs=world, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
