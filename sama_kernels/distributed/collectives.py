@@ -74,13 +74,15 @@ def alike(name: str, arguments: list[Any]) -> bool:
     return name in _ALIKE
 
 
-def call(name: str, group: Any, arguments: list[Any]) -> tuple[dist.Work, list[Any]]:
+def call(name: str, group: Any, arguments: list[Any], device: torch.device) -> tuple[dist.Work, list[Any]]:
     """Make a collective that another member of `group` has `_described`, with zeros.
 
+    Arguments:
+        device: this rank's, among those of its kind.
     Returns: what to wait for, and what is to be kept until then.
     """
     op, at = _op(name)
-    made: list[Any] = [_made(x) for x in arguments]
+    made: list[Any] = [_made(x, device) for x in arguments]
     made[at] = group.boxed()
     for i, argument in enumerate(op._schema.arguments[: len(made)]):
         if str(argument.type) == _OPERATION:
@@ -99,10 +101,11 @@ def _described(value: Any) -> Any:
     return value if isinstance(value, (bool, int)) else None
 
 
-def _made(value: Any) -> Any:
+def _made(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
-        return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=value["device"])
-    return [_made(x) for x in value] if isinstance(value, list) else value
+        place = device if device.type == value["device"] else torch.device(value["device"])
+        return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=place)
+    return [_made(x, device) for x in value] if isinstance(value, list) else value
 
 
 _open: list[Record] = []

@@ -59,7 +59,7 @@ class Exchange(Alone):
             self.base_factor, self._share_base = self._share_base * world, 1 / world
         self._times = world if how.comm_hook is not None else 1  # such a hook divides by it
         self._meta_sharded = [is_sharded(p) for p in meta_params]
-        self._attendance = Attendance(group) if world > 1 else None
+        self._attendance = Attendance(group, device) if world > 1 else None
         self._v: list[Tensor | None] = [None] * len(base_params)
         self._norm_sqs: list[Tensor] = []
         self._at_once = problem.clipping.rank_one
@@ -206,13 +206,13 @@ class Exchange(Alone):
             return
         try:
             self._attendance.fail()
-        except (CannotStandIn, dist.DistError) as why:
+        except Failed as first:
+            raise first from error
+        except (CannotStandIn, RuntimeError) as why:  # torch's, of a store or of peers that are gone
             error.add_note(
                 f"sama_kernels: other ranks may wait for this one in a collective ({why}); let this process end, and"
                 " torchrun ends the job"
             )
-        except Failed as other:
-            raise other from error
 
     def _adapt_bucket(self, bucket: Bucket) -> None:
         """v = D d of one bucket, as soon as its sum is there."""

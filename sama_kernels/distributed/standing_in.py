@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -43,8 +44,8 @@ class Attendance:
         over: whatever happens now, the other ranks know how it went, or this one cannot tell them.
     """
 
-    def __init__(self, group: Any) -> None:
-        self._group = itself(group)
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group, self._device = itself(group), device
         self._rank = dist.get_rank()
         self._record = Record()
         self._state = "running"
@@ -97,8 +98,7 @@ class Attendance:
             _rubbish.setdefault(self._group, []).extend((count, announced, matched))
         self._publish(store)
         logs = {rank: _Log(rank) for rank in dist.get_process_group_ranks(self._group)}
-        made = Counter(c.group.group_name for c in self._record.calls)
-        _take_part(self._rank, made, store, self._here, logs)
+        self._take_part(store, logs)
         failed = [log for log in logs.values() if log.state == "failed"]
         store.add(matched, 1)
         _wait(lambda: store.add(matched, 0) == len(failed), "the other ranks that failed")
@@ -106,6 +106,27 @@ class Attendance:
         stay_away(self._group, by_themselves)
         if by_themselves and self._rank not in by_themselves:
             raise Failed(", ".join(map(str, by_themselves)))
+
+    def _take_part(self, store: Any, logs: dict[int, _Log]) -> None:
+        """Make the calls that others have made and this rank has not, until no rank makes any more."""
+        made = Counter(c.group.group_name for c in self._record.calls)
+        pending: list[tuple[Any, Any]] = []
+        while True:
+            news = [log.read(store, self._here) for log in logs.values()]
+            for group in _groups_with(self._rank, logs.values()):
+                longest = max((log.calls.get(group, []) for log in logs.values()), key=len)
+                for name, arguments in longest[made[group] :]:
+                    if not alike(name, arguments):
+                        raise CannotStandIn(f"{name.strip('_')} is not the same call on every rank")
+                    pending.append(call(name, _group_named(group), arguments, self._device))
+                made[group] = max(made[group], len(longest))
+            pending = [(work, kept) for work, kept in pending if not work.is_completed()]
+            if all(log.state != "running" for log in logs.values()):
+                break
+            if not any(news):
+                time.sleep(0.001)
+        for work, _ in pending:
+            work.wait()
 
     def look(self) -> bool:
         """Publish what this rank has launched if another one has failed; whether it has. For the watching thread."""
@@ -224,31 +245,6 @@ class _Log:
             for group, calls in self.calls.items()
             if other.rank in self.members[group]
         )
-
-
-def _take_part(rank: int, made: Counter[str], store: Any, here: str, logs: dict[int, _Log]) -> None:
-    """Make the calls that others have made and `rank` has not, until no rank makes any more.
-
-    Arguments:
-        made: how many this rank has made, by group.
-    """
-    pending: list[tuple[Any, Any]] = []
-    while True:
-        news = [log.read(store, here) for log in logs.values()]
-        for group in _groups_with(rank, logs.values()):
-            longest = max((log.calls.get(group, []) for log in logs.values()), key=len)
-            for name, arguments in longest[made[group] :]:
-                if not alike(name, arguments):
-                    raise CannotStandIn(f"{name.strip('_')} is not the same call on every rank")
-                pending.append(call(name, _group_named(group), arguments))
-            made[group] = max(made[group], len(longest))
-        pending = [(work, kept) for work, kept in pending if not work.is_completed()]
-        if all(log.state != "running" for log in logs.values()):
-            break
-        if not any(news):
-            time.sleep(0.001)
-    for work, _ in pending:
-        work.wait()
 
 
 def _group_named(name: str) -> Any:
