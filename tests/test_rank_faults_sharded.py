@@ -211,3 +211,34 @@ def test_ranks_that_call_a_model_of_their_own_more_often() -> None:
     """No other rank has a part of it, so nobody waits for them in its forward pass."""
     first, *others = run_ranks(4, _unequal_calls)
     assert first.any() and all(torch.equal(first, x) for x in others)
+
+
+def _interrupted(rank: int, world: int) -> list[Tensor]:
+    """Ctrl-C, which every rank gets, within the backward pass of a sharded model; and what the next step finds."""
+    found = []
+    for interrupted in (False, True):
+        problem, optimizer = _problem(rank, world, "layers")
+        problem.meta_grad(optimizer, sync="full")
+        if interrupted:
+            handle = problem.net[1].register_forward_hook(_interrupt_in_backward)
+            before = bits_of(_everything(problem))
+            with pytest.raises(KeyboardInterrupt):
+                problem.meta_grad(optimizer, sync="full")
+            assert all(map(same_bits, before, _everything(problem)))
+            handle.remove()
+        problem.train(optimizer, 1)
+        out = problem.meta_grad(optimizer, sync="full")
+        found.append(torch.cat([_local(g).flatten() for g in out.grads]))
+    return found
+
+
+def _interrupt_in_backward(module: Any, inputs: Any, output: Tensor) -> None:
+    def interrupt(grad: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    output.register_hook(interrupt)
+
+
+def test_an_interrupt_within_a_backward_pass() -> None:
+    for never, after in run_ranks(2, _interrupted):
+        assert same_bits(never, after) and never.any()
