@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_tensor, all_reduce
 
+import sama_kernels as sk
 from sama_kernels.distributed import standing_in
 from sama_kernels.distributed.collectives import Record, alike
 from sama_kernels.distributed.meeting import Failed
@@ -254,6 +258,62 @@ def test_a_rank_that_is_silent_is_not_waited_for_for_ever() -> None:
     left, failed = run_ranks(2, _silent)
     assert left == "KeyboardInterrupt "
     assert failed.startswith("Broken ['sama_kernels: other ranks may wait") and "rank 0 has been silent" in failed
+
+
+def _out_of_memory(rank: int, world: int) -> str:
+    """What the failed closure held is gone when zeros are made in its place."""
+    standing_in.LOOK = 0.02
+    problem = Divided(rank, world)
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer)
+    kept: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    made = standing_in.call
+
+    def call(*arguments: Any) -> Any:
+        alive.append(kept[0]() is not None)
+        return made(*arguments)
+
+    def meta_loss() -> Tensor:
+        activations = torch.ones(1000)
+        kept.append(weakref.ref(activations))
+        if rank == 1:
+            raise torch.OutOfMemoryError("on purpose")
+        return problem.net(problem.meta[0]).mean()
+
+    standing_in.call = call
+    with pytest.raises(RuntimeError) as failure:
+        sk.meta_grad(
+            problem.base_loss, meta_loss, base_params=problem.net, meta_params=problem.weigher, optimizer=optimizer,
+            sync="full",
+        )  # fmt: skip
+    return f"{failure.type.__name__} {alive}"
+
+
+def test_a_rank_that_is_out_of_memory_lets_go_first() -> None:
+    whole, short = run_ranks(2, _out_of_memory)
+    assert whole == "Failed []"
+    assert short.startswith("OutOfMemoryError [False, False") and "True" not in short
+
+
+def _group_let_go(rank: int, world: int) -> bool:
+    """Gloo's threads end with the last reference to a group, and have to before the interpreter does."""
+    standing_in.LOOK = 0.01
+    group = dist.new_group()
+    problem = Divided(rank, world)
+    optimizer = problem.optimizer(2)
+    problem.train(optimizer)
+    for _ in range(20):
+        problem.meta_grad(optimizer, group=group)
+        time.sleep(0.005)
+    group, kept = None, weakref.ref(group)
+    dist.destroy_process_group(kept())
+    gc.collect()
+    return kept() is None
+
+
+def test_nobody_who_watches_keeps_a_group() -> None:
+    assert run_ranks(2, _group_let_go) == [True, True]
 
 
 def _recorded(rank: int, world: int) -> list[list[str]]:

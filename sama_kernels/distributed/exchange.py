@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any
 
@@ -204,6 +205,8 @@ class Exchange(Alone):
         broken = self._meta.broken or self._direct.broken
         if self._attendance is None or self._attendance.over or broken:
             return
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            clear_frames(error.__traceback__)  # they hold the activations in whose place the stand-in's zeros fit
         try:
             self._attendance.fail()
         except Failed as first:

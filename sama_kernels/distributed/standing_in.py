@@ -184,22 +184,27 @@ def _watched(attendance: Attendance) -> Iterator[None]:
 
 def _watch() -> None:
     global _thread
-    idle_since = time.monotonic()
-    pause = LOOK
+    idle_since, failed = time.monotonic(), False
     while True:
-        time.sleep(pause)
+        time.sleep(0.001 if failed else LOOK)
+        failed = _look()
         with _begins_or_ends:
-            watching = [*_watching]
-            if not watching and time.monotonic() - idle_since > IDLE:
+            if _watching:
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > IDLE:
                 _thread = None
                 return
-        if watching:
-            idle_since = time.monotonic()
-        failed = False
-        for attendance in watching:
-            with suppress(RuntimeError):  # the store is gone, and with it whoever would read there
-                failed = attendance.look() or failed
-        pause = 0.001 if failed else LOOK
+
+
+def _look() -> bool:
+    """Whether a rank has failed. A function of its own, so that no group is kept between looks."""
+    with _begins_or_ends:
+        watching = [*_watching]
+    failed = False
+    for attendance in watching:
+        with suppress(RuntimeError):  # the store is gone, and with it whoever would read there
+            failed = attendance.look() or failed
+    return failed
 
 
 class _Log:
