@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_tensor, all_reduce
 
 import sama_kernels as sk
-from sama_kernels.distributed import standing_in
+from sama_kernels.distributed import exchange, standing_in
 from sama_kernels.distributed.collectives import Record, alike
 from sama_kernels.distributed.meeting import Failed
 
@@ -258,6 +258,40 @@ def test_a_rank_that_is_silent_is_not_waited_for_for_ever() -> None:
     left, failed = run_ranks(2, _silent)
     assert left == "KeyboardInterrupt "
     assert failed.startswith("Broken ['sama_kernels: other ranks may wait") and "rank 0 has been silent" in failed
+
+
+def _where_hosts_meet(rank: int, world: int, sync: str) -> list[str]:
+    """As on an accelerator, where reading the status would make the host wait: it is not read."""
+    standing_in.LOOK = 0.02
+    exchange.may_wait = lambda device: False
+    said = []
+    for closure in ("meta_loss", "base_loss"):
+        problem = Divided(rank, world)
+        optimizer = problem.optimizer(2)
+        problem.train(optimizer)
+        original = getattr(problem, closure)
+
+        def broken() -> Tensor:
+            raise Broken("on purpose")
+
+        for step in range(4):
+            before = bits_of([*problem.net.parameters()])
+            setattr(problem, closure, broken if rank == 1 and step in (1, 2) else original)
+            try:
+                problem.meta_grad(optimizer, sync=sync)
+                said.append("done")
+            except (Broken, Failed) as error:
+                said.append(f"{type(error).__name__}: {error}"[:72])
+            assert all(map(same_bits, before, problem.net.parameters()))
+    return said
+
+
+@pytest.mark.parametrize(("world", "sync"), [(2, "full"), (3, "final")])
+def test_where_the_host_may_not_wait_for_the_device(world: int, sync: str) -> None:
+    for rank, said in enumerate(run_ranks(world, _where_hosts_meet, sync)):
+        told = "Failed: base_loss, meta_loss: the meta step failed on rank 1, whose own "
+        failed = "Broken: on purpose" if rank == 1 else told
+        assert said == ["done", failed, failed, "done"] * 2
 
 
 def _out_of_memory(rank: int, world: int) -> str:

@@ -179,8 +179,7 @@ class Exchange(Alone):
         if self._attendance is not None:
             self._attendance.over = True
         verdict = self._status.report(shared, degenerate, finite if bad is None else finite & ~bad)
-        # The hosts meet rather than wait for a device to say that all have come. On a CPU they have waited already.
-        if self._attendance is not None and (norm.device.type != "cpu" or not verdict.complete):
+        if self._attendance is not None and not (may_wait(norm.device) and verdict.complete):
             self._attendance.arrive()
         return verdict
 
@@ -234,6 +233,12 @@ class Exchange(Alone):
         self._form(bucket.rows, [*bucket.views], [self.taken[row] for row in bucket.rows])
         if self._times != 1:
             bucket.flat.mul_(self._times)
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether reading a number from `device`, such as whether all ranks have come, costs the host no waiting. Else the
+    hosts meet."""
+    return device.type == "cpu"
 
 
 def ranks_of(problem: Problem) -> Alone:
